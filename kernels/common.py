@@ -1,0 +1,145 @@
+"""What the kernel families share: optional Triton, operator registration and the layout of rows in memory.
+
+Every family works on *rows*: the last dimension is contiguous, the others are collapsed to at most two levels of strides,
+so a transposed view or a slice of a packed projection is read where it lies instead of being copied.
+"""
+
+import contextlib
+import os
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no Triton for this platform: the PyTorch references do the work
+
+    triton = None
+
+    class tl:
+        constexpr = object
+
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+LIBRARY = torch.library.Library("rewriter", "FRAGMENT")
+
+
+def jit(function):
+    """`triton.jit` where Triton exists, so that a module with kernels can be imported anywhere."""
+    return function if triton is None else triton.jit(function)
+
+
+def use_triton(x):
+    """Whether work on `x` runs as a Triton kernel: on CUDA, or anywhere under TRITON_INTERPRET=1."""
+    return triton is not None and (x.is_cuda or INTERPRET)
+
+
+def register(schema, implementation, fake):
+    """Define `rewriter::<schema>` for CPU and CUDA with a shape function; return the callable overload."""
+    name = schema.split("(")[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(name, implementation, key)
+    torch.library.register_fake(f"rewriter::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.rewriter, name).default
+
+
+def no_autocast(x):
+    """Context without autocast: its dispatch key is still active inside an operator's implementation."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+
+
+def on_device(x):
+    """Context in which kernels launch on the device of `x`."""
+    return torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext()
+
+
+def compute_dtype(*tensors):
+    """float64 if any tensor is float64, else float32; None is skipped."""
+    return torch.float64 if any(t is not None and t.dtype is torch.float64 for t in tensors) else torch.float32
+
+
+def triton_dtype(dtype):
+    """The Triton name of a compute dtype (float32 or float64)."""
+    return tl.float64 if dtype is torch.float64 else tl.float32
+
+
+def processors(x):
+    """How many programs of a persistent kernel run side by side: the multiprocessors of the device of `x`."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
+
+
+def next_power_of_2(n):
+    """Smallest power of two >= n, for n >= 1."""
+    return 1 << (n - 1).bit_length()
+
+
+def ceil_div(a, b):
+    return -(-a // b)
+
+
+def tile(width, *, elements=2048, max_width=16384):
+    """(rows, columns, warps) of the tile for rows of `width`: several short rows, or one long row, per program."""
+    columns = min(next_power_of_2(width), max_width)
+    rows = max(1, elements // columns)
+    return rows, columns, min(max(rows * columns // 512, 4), 16)
+
+
+def memory_order(x):
+    """Dimensions of `x` from outermost to innermost in memory; the last dimension stays last."""
+    last = x.dim() - 1
+    return [*sorted(range(last), key=x.stride, reverse=True), last]
+
+
+def collapse(sizes, *strides):
+    """Merge neighbouring dimensions wherever all `strides` allow: list of [size, stride, stride, ...], outermost first."""
+    merged = []
+    for size, *steps in zip(sizes, *strides, strict=True):
+        if size == 1:
+            continue
+        if merged and all(outer == step * size for outer, step in zip(merged[-1][1:], steps, strict=True)):
+            merged[-1] = [merged[-1][0] * size, *steps]
+        else:
+            merged.append([size, *steps])
+    return merged
+
+
+def rows(x, order):
+    """Read `x` as rows in `order`: (tensor, inner, outer_stride, inner_stride) for `row_start`; copies only if it must."""
+    x = x.permute(order)
+    levels = collapse(x.shape[:-1], x.stride()[:-1])
+    if len(levels) > 2 or (x.shape[-1] > 1 and x.stride(-1) != 1):
+        x = x.contiguous()
+        levels = collapse(x.shape[:-1], x.stride()[:-1])
+    (_, outer_stride), (inner, inner_stride) = [[1, 0]] * (2 - len(levels)) + levels
+    return x, inner, outer_stride, inner_stride
+
+
+@jit
+def row_start(row, inner, outer_stride, inner_stride):
+    """64-bit offset of row number `row` (int32) of a tensor described by `rows`."""
+    return (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
+
+
+class Output:
+    """Lets a kernel write `tensor`, freshly made, as dense rows in `order`: through a buffer only if it is not laid out so."""
+
+    def __init__(self, tensor, order):
+        self.tensor = tensor
+        self.view = tensor.permute(order)
+        self.rows = self.view if self.view.is_contiguous() else self.view.new_empty(self.view.shape)
+
+    def finish(self):
+        if self.rows is not self.view:
+            self.view.copy_(self.rows)
+        return self.tensor
+
+
+@jit
+def tanh(x):
+    """tanh: Lambert's continued fraction, cut after 13, near 0 (relative error < 1e-16); the exponential form elsewhere."""
+    s = x * x
+    near = x * (135135 + s * (17325 + s * (378 + s))) / (135135 + s * (62370 + s * (3150 + s * 28)))
+    far = 1 - 2 / (1 + tl.exp(2 * tl.abs(x)))
+    return tl.where(tl.abs(x) < 0.4, near, tl.where(x < 0, -far, far))

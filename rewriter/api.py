@@ -1,0 +1,169 @@
+"""The public calls: optimize, report, explain, restore."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from rewriter import settings
+from rewriter.attach import attach, detach, opaque_forward, region_forward, traceable
+from rewriter.backend import Backend, default_session
+from rewriter.execute import EXECUTORS
+from rewriter.library import select
+from rewriter.pattern import Pattern
+from rewriter.regions import find_regions
+from rewriter.report import RewriteReport
+from rewriter.session import Options, Session
+
+_SESSION = "_rewriter_session"
+_VERIFY = ("first", "off")
+
+
+def optimize(
+    model: nn.Module,
+    *,
+    patterns: Iterable[str | Pattern] | None = None,
+    exclude: Iterable[str] = (),
+    executor: str = "auto",
+    dynamic: bool | None = None,
+    verify: str = "first",
+    strict: bool = False,
+) -> nn.Module:
+    """Make training of `model` faster and smaller, in place; the same object comes back.
+
+    Nothing is compiled yet: the first training step captures the model, proves each rewrite and installs it. Keys of
+    the state dict, hooks, `generate`, saving, copying and gradient checkpointing stay as they are.
+
+    patterns: names restrict the built-in patterns to these; Pattern objects are added (one named like a built-in
+              pattern takes its place). Default: all built-in ones and those of installed plugins.
+    exclude:  names of patterns that are not applied
+    executor: "eager" runs the rewritten graph as it is, "inductor" compiles it further, "auto" is Inductor on an
+              accelerator and eager on a CPU
+    dynamic:  as in torch.compile: None lets a second shape become dynamic, True starts so, False never
+    verify:   "first" proves each distinct match once, in values and gradients, before it is used; "off" trusts patterns
+    strict:   raise RewriteError where something that looks like a pattern was not rewritten
+
+    Raises TypeError for a model that is no nn.Module or an argument of the wrong type, ValueError for an unknown
+    pattern, executor or mode, and for a model with parameters on the meta device.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"optimize takes a torch.nn.Module, not {type(model).__name__}")
+    options = _options(patterns, exclude, executor, dynamic, verify, strict)
+    _refuse_meta(model)
+    _install(model, options)
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo `optimize`: afterwards the model is exactly what it was. A model that isn't optimised is left alone."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"restore takes a torch.nn.Module, not {type(model).__name__}")
+    for module in model.modules():
+        detach(module)
+        module.__dict__.pop(_SESSION, None)
+    return model
+
+
+def report(model: nn.Module) -> RewriteReport:
+    """What has been rewritten so far; complete after the first training step.
+
+    Raises ValueError for a model that was not optimised (nor compiled with backend="rewriter").
+    """
+    session = _session(model)
+    if session is None:
+        raise ValueError("this model was not optimised: call rewriter.optimize(model) first")
+    return session.report()
+
+
+def explain(model: nn.Module, **options: Any) -> Callable[..., RewriteReport]:
+    """A dry run: `explain(model)(**batch)` runs one forward and reports what `optimize` would do.
+
+    The model is untouched: its own code runs, parameters, buffers, gradients, random state and attachments stay.
+    Takes the options of `optimize`.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"explain takes a torch.nn.Module, not {type(model).__name__}")
+    arguments = {"patterns": None, "exclude": (), "executor": "auto", "dynamic": None, "verify": "first", "strict": False}
+    unknown = set(options) - set(arguments)
+    if unknown:
+        raise TypeError(f"explain has no option {sorted(unknown)[0]!r}; allowed are {', '.join(arguments)}")
+    checked = _options(**{**arguments, **options}, dry=True)
+    _refuse_meta(model)
+
+    def run(*args: Any, **kwargs: Any) -> RewriteReport:
+        before = [(m, dict(m.__dict__)) for m in model.modules() if "forward" in m.__dict__ or _SESSION in m.__dict__]
+        buffers = [(b, b.detach().clone()) for b in model.buffers()]
+        restore(model)
+        devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+        try:
+            session = _install(model, checked)
+            with torch.random.fork_rng(devices), torch.enable_grad():
+                model(*args, **kwargs)
+            return session.report()
+        finally:
+            restore(model)
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+            for module, attributes in before:
+                module.__dict__.update({k: v for k, v in attributes.items() if k not in module.__dict__})
+
+    return run
+
+
+def _options(
+    patterns: Any, exclude: Any, executor: Any, dynamic: Any, verify: Any, strict: Any, dry: bool = False
+) -> Options:
+    if executor not in EXECUTORS:
+        raise ValueError(f"unknown executor {executor!r}; allowed are {', '.join(EXECUTORS)}")
+    if verify not in _VERIFY:
+        raise ValueError(f"unknown verify mode {verify!r}; allowed are {', '.join(_VERIFY)}")
+    if dynamic not in (None, True, False):
+        raise TypeError("dynamic is None, True or False")
+    return Options(select(patterns, exclude), executor, dynamic, verify, bool(strict), dry)
+
+
+def _refuse_meta(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(f"parameter {name} is on the meta device: load the weights before the model is optimised")
+
+
+def _session(model: Any) -> Session | None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"report takes a torch.nn.Module, not {type(model).__name__}")
+    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
+        return default_session()
+    for module in model.modules():  # a wrapper may have been put around an optimised model
+        if module.__dict__.get(_SESSION) is not None:
+            return module.__dict__[_SESSION]
+    return None
+
+
+def _install(model: nn.Module, options: Options) -> Session:
+    present = model.__dict__.get(_SESSION)
+    if present is not None and present.options == options:
+        return present
+    restore(model)
+    settings.apply()
+    session = Session(model, options)
+    backend = Backend(session)
+    model.__dict__[_SESSION] = session
+    shared: dict[Any, Callable] = {}
+    for order, region in enumerate(find_regions(model)):
+        session.order[region.path] = order
+        session.kinds[region.path] = region.kind
+
+        def wrap(forward: Callable, kind: str = region.kind) -> Callable:
+            if kind == "body":
+                return opaque_forward(forward)
+            if (forward, kind) not in shared:
+                compiled = torch.compile(traceable(forward), backend=backend, dynamic=options.dynamic)
+                shared[forward, kind] = region_forward(forward, compiled, session, kind)
+            return shared[forward, kind]
+
+        attach(region, wrap)
+    return session

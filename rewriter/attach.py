@@ -1,0 +1,106 @@
+"""Put compiled forwards on module instances, and take them off again.
+
+The forward is an instance attribute, a bound method: direct `m.forward(...)` calls, hooks, `inspect.signature`, deepcopy
+and pickling work as before. Everything needed to undo it lies on the module itself, so copies can be restored too.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from rewriter import context
+from rewriter.regions import Region
+
+_MARK = "_rewriter_attachment"
+REASON = "region of rewriter"
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """Left on a module: its path in the optimised model, and the instance-level forward that was there before."""
+
+    path: str
+    previous: Callable | None
+
+
+def attached(module: nn.Module) -> Attachment | None:
+    return module.__dict__.get(_MARK)
+
+
+def attach(region: Region, wrap: Callable[[Callable], Callable]) -> None:
+    """Give the region's module the forward `wrap(unbound forward)`; modules that share a forward share what it makes."""
+    module = region.module
+    previous = module.__dict__.get("forward")
+    module.__dict__["forward"] = types.MethodType(wrap(_unbound(module, previous)), module)
+    module.__dict__[_MARK] = Attachment(region.path, previous)
+
+
+def detach(module: nn.Module) -> bool:
+    """Undo `attach`; whether there was anything to undo."""
+    attachment = module.__dict__.pop(_MARK, None)
+    if attachment is None:
+        return False
+    if attachment.previous is None:
+        module.__dict__.pop("forward", None)
+    else:
+        module.__dict__["forward"] = attachment.previous
+    return True
+
+
+def _unbound(module: nn.Module, previous: Callable | None) -> Callable:
+    if previous is None:
+        return type(module).forward
+    if isinstance(previous, types.MethodType) and previous.__self__ is module:
+        return previous.__func__
+
+    @functools.wraps(previous)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return previous(*args, **kwargs)
+
+    return forward
+
+
+def opaque_forward(forward: Callable) -> Callable:
+    """A forward that Dynamo calls without looking inside; regions below it compile for themselves."""
+    return torch.compiler.disable(forward, recursive=True, reason=REASON)
+
+
+def region_forward(forward: Callable, compiled: Callable, session: Any, kind: str) -> Callable:
+    """The forward of a compiled region: `compiled`, or `forward` itself where compiling has no purpose."""
+
+    @functools.wraps(forward)
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not session.wants(kind, self, args, kwargs):
+            return forward(self, *args, **kwargs)
+        mark = attached(self)
+        frame = context.push(mark.path if mark else "")
+        try:
+            result = compiled(self, *args, **kwargs)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            raise session.user_error(error) from error
+        finally:
+            context.pop()
+        session.ran(frame, kind)
+        return result
+
+    return torch.compiler.disable(run, recursive=True, reason=REASON)
+
+
+def traceable(forward: Callable) -> Callable:
+    """`forward` as Dynamo accepts it for an outermost frame: it skips frames whose code lies in torch.nn itself."""
+    if not getattr(forward, "__module__", "").startswith("torch."):
+        return forward
+
+    def enter(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, *args, **kwargs)
+
+    # A code object of its own, since Dynamo counts recompilations per code object.
+    enter.__code__ = enter.__code__.replace(co_name=f"enter_{getattr(forward, '__qualname__', 'forward')}")
+    return functools.update_wrapper(enter, forward)

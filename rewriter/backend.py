@@ -1,0 +1,136 @@
+"""The torch.compile backend: (GraphModule, example inputs) -> callable.
+
+lower -> rewrite -> execute. Whatever goes wrong on the way, the graph runs as Dynamo captured it and the report says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from rewriter.execute import execute, resolve, with_checkpoints
+from rewriter.lazy import LazyTensor
+from rewriter.library import select
+from rewriter.log import log
+from rewriter.lower import Lowering
+from rewriter.replace import LazyOutput
+from rewriter.rewrite import Result, rewrite
+from rewriter.session import Options, RewriteError, Session
+
+
+class Backend:
+    """One per optimised model: Dynamo shares compiled graphs only between regions with the same backend object."""
+
+    def __init__(self, session: Session):
+        self.session = session
+        self._lowering = Lowering()
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable:
+        session, options = self.session, self.session.options
+        executor = resolve(options.executor, _device_type(example_inputs))
+        code = _code_of(gm)
+        try:
+            target, result = self.rewritten(gm)
+        except Exception as error:  # never break a training run: the captured graph is still there
+            log.warning("a graph is left as it was: %s: %s", type(error).__name__, error, exc_info=True)
+            session.fallback("", f"graph left as it was: {type(error).__name__}: {error}")
+            target, result = gm, Result()
+        record = session.record(result, gm, code)
+        if options.strict and (record.misses or target is gm):
+            reasons = "; ".join(f"{m.pattern} at {', '.join(m.sites) or '<model>'}: {m.reason}" for m in record.misses)
+            raise RewriteError(f"not everything was rewritten: {reasons or 'see the report'}")
+        if options.dry:
+            with_checkpoints(gm)
+            return _noting(gm.forward, session, record)
+        run = execute(target, example_inputs, executor)
+        if result.lazy:
+            run = with_lazy_outputs(run, result.lazy)
+        return _noting(run, session, record)
+
+    def rewritten(self, gm: fx.GraphModule) -> tuple[fx.GraphModule, Result]:
+        """The lowered and rewritten copy of a Dynamo graph; bodies of checkpointed calls included."""
+        lowered = self._lowering(gm)
+        result = rewrite(lowered, self.session.options.patterns, self.session.proofs, self.session.fuel)
+        for node in lowered.graph.nodes:
+            if node.op == "get_attr" and isinstance(getattr(lowered, node.target, None), fx.GraphModule):
+                if any(u.target is torch._higher_order_ops.wrap.tag_activation_checkpoint for u in node.users):
+                    body, inner = self.rewritten(getattr(lowered, node.target))
+                    setattr(lowered, node.target, body)
+                    result.applied += inner.applied
+                    result.refused += inner.refused
+        return lowered, result
+
+
+def _noting(run: Callable, session: Session, record: Any) -> Callable:
+    def call(*args: Any) -> Any:
+        session.note_run(record)
+        return run(*args)
+
+    return call
+
+
+def _code_of(gm: fx.GraphModule) -> Any:
+    """What tells one captured function from another: recompilations of it have the same."""
+    with contextlib.suppress(Exception):
+        context = torch._guards.TracingContext.try_get()
+        info = torch._guards.CompileContext.current_compile_id()
+        if context is not None and info is not None:
+            return info.frame_id
+    return id(gm)
+
+
+def _device_type(example_inputs: list[Any]) -> str:
+    for value in example_inputs:
+        if isinstance(value, torch.Tensor) and value.device.type != "cpu":
+            return value.device.type
+    return "cpu"
+
+
+def with_lazy_outputs(run: Callable, lazy: list[LazyOutput]) -> Callable:
+    """Put the outputs that the graph no longer computes back in their places, as tensors computed on demand."""
+
+    def call(*args: Any) -> tuple:
+        results = list(run(*args))
+        kept = results[: lazy[0].kept]
+        for spec in lazy:  # in order of their places
+            kept.insert(spec.index, _lazy_tensor(spec, args, results))
+        return tuple(kept)
+
+    return call
+
+
+def _lazy_tensor(spec: LazyOutput, args: tuple, results: list) -> LazyTensor:
+    values = [args[i] if kind == "input" else results[i] for kind, i in spec.sources]
+    grad = torch.is_grad_enabled() and any(isinstance(v, torch.Tensor) and v.requires_grad for v in values)
+    ambient = spec.ambient or (True, ())
+    device = next(v.device for v in values if isinstance(v, torch.Tensor))
+
+    def compute() -> torch.Tensor:
+        casts = dict(ambient[1])
+        cast = torch.autocast(device.type, dtype=casts.get(device.type), enabled=device.type in casts)
+        with torch.set_grad_enabled(grad), cast:
+            return spec.module(*values)[0]
+
+    shape = spec.shape_of(tuple(tuple(v.shape) for v in values))
+    return LazyTensor(compute, shape, spec.meta.dtype, device, grad)
+
+
+_default: Session | None = None
+
+
+def default_session() -> Session:
+    """The session behind `torch.compile(..., backend="rewriter")`."""
+    global _default
+    if _default is None:
+        options = Options(select(None, ()), executor="auto", dynamic=None, verify="first", strict=False)
+        _default = Session(None, options)
+    return _default
+
+
+def rewriter_backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable:
+    """Registered as torch.compile(backend="rewriter"). Built-in and plugin patterns, executor by device."""
+    return Backend(default_session())(gm, example_inputs)

@@ -1,0 +1,50 @@
+"""Turn a graph into a callable: eager, or Inductor through compile_fx (AOTAutograd makes the backward)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils.checkpoint import checkpoint
+
+EXECUTORS = ("eager", "inductor", "auto")
+_CHECKPOINT = torch._higher_order_ops.wrap.tag_activation_checkpoint
+
+
+def resolve(executor: str, device_type: str) -> str:
+    """`auto` is Inductor on an accelerator and eager on a CPU."""
+    if executor != "auto":
+        return executor
+    return "eager" if device_type == "cpu" else "inductor"
+
+
+def execute(gm: fx.GraphModule, example_inputs: list[Any], executor: str) -> Callable:
+    """A callable of the graph's inputs that gives the graph's outputs as a tuple or list."""
+    if executor == "inductor":
+        from torch._inductor.compile_fx import compile_fx
+
+        # Random numbers as eager draws them: the same seed gives the same dropout masks, and a forward that is
+        # recomputed under another graph (checkpointing) draws what it drew before.
+        return compile_fx(gm, example_inputs, config_patches={"fallback_random": True})
+    with_checkpoints(gm)
+    return gm.forward
+
+
+def with_checkpoints(gm: fx.GraphModule) -> None:
+    """Run checkpointed bodies through torch.utils.checkpoint; the operator run raw forgets the random state."""
+    changed = False
+    for node in gm.graph.nodes:
+        if node.op != "call_function" or node.target is not _CHECKPOINT:
+            continue
+        options = {k: v for k, v in node.kwargs.items() if k in ("preserve_rng_state", "context_fn")}
+        node.kwargs = {**options, "use_reentrant": False}
+        node.target = _checkpointed
+        changed = True
+    if changed:
+        gm.recompile()
+
+
+def _checkpointed(body: Callable, *args: Any, **options: Any) -> Any:
+    return checkpoint(body, *args, **{"preserve_rng_state": True, **options})

@@ -1,0 +1,107 @@
+"""A tensor that a model returns but its loss didn't need: shape, dtype and device are there, values come on demand.
+
+Metadata and copies of it (`detach`, `float`, `to(dtype)`) cost nothing. Anything else computes it once, with the graph
+that the model had, so a gradient through it is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+_METADATA = {
+    torch.Tensor.shape.__get__,
+    torch.Tensor.dtype.__get__,
+    torch.Tensor.device.__get__,
+    torch.Tensor.layout.__get__,
+    torch.Tensor.ndim.__get__,
+    torch.Tensor.is_cuda.__get__,
+    torch.Tensor.is_leaf.__get__,
+    torch.Tensor.size,
+    torch.Tensor.dim,
+    torch.Tensor.numel,
+    torch.Tensor.nelement,
+    torch.Tensor.element_size,
+    torch.Tensor.is_floating_point,
+    torch.Tensor.__len__,
+    torch.is_floating_point,
+    torch.is_tensor,
+    torch.numel,
+}
+_REQUIRES_GRAD = torch.Tensor.requires_grad.__get__
+# These look at, or hook into, a gradient that was never computed: the loss did not go through this tensor.
+_GRADIENT = {torch.Tensor.retain_grad, torch.Tensor.register_hook, torch.Tensor.register_post_accumulate_grad_hook}
+
+
+class LazyTensor(torch.Tensor):
+    """Computes itself with `compute()` at the first use of its values."""
+
+    @staticmethod
+    def __new__(
+        cls,
+        compute: Callable[[], torch.Tensor],
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        needs_grad: bool,
+    ) -> LazyTensor:
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device, requires_grad=False)
+        self._compute, self._value, self._needs_grad = compute, None, needs_grad
+        return self
+
+    def materialize(self) -> torch.Tensor:
+        """The plain tensor; computed at the first call."""
+        if self._value is None:
+            self._value = self._compute()
+            self._compute = None
+        return self._value
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        self = args[0] if args else None
+        if isinstance(self, LazyTensor):
+            if func in _METADATA:
+                with torch._C.DisableTorchFunctionSubclass():
+                    return func(*args, **kwargs)
+            if func is _REQUIRES_GRAD:
+                return self._needs_grad
+            if func in _GRADIENT:
+                raise RuntimeError(
+                    f"{func.__name__} on a result that the loss was not computed from: the head and the loss were "
+                    "fused. Use rewriter.optimize(model, exclude=('linear_cross_entropy',)) to keep them apart."
+                )
+            follower = _follower(self, func, args[1:], kwargs)
+            if follower is not None:
+                return follower
+        return func(*_materialized(args), **_materialized(kwargs))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        return func(*_materialized(args), **_materialized(kwargs or {}))
+
+
+def _materialized(tree: Any) -> Any:
+    return pytree.tree_map(lambda t: t.materialize() if isinstance(t, LazyTensor) else t, tree)
+
+
+def _follower(source: LazyTensor, func: Callable, args: tuple, kwargs: dict) -> LazyTensor | None:
+    """A lazy tensor for `func(source)` where func only changes dtype or detaches."""
+    if source._value is not None or kwargs:
+        return None
+    dtype, needs_grad = source.dtype, source._needs_grad
+    casts = {torch.Tensor.float: torch.float32, torch.Tensor.double: torch.float64, torch.Tensor.half: torch.float16,
+             torch.Tensor.bfloat16: torch.bfloat16}  # fmt: skip
+    if func in casts and not args:
+        dtype = casts[func]
+    elif func is torch.Tensor.to and len(args) == 1 and isinstance(args[0], torch.dtype):
+        dtype = args[0]
+    elif func is torch.Tensor.detach and not args:
+        needs_grad = False
+    else:
+        return None
+    needs_grad = needs_grad and torch.is_grad_enabled()
+    return LazyTensor(lambda: func(source.materialize(), *args), tuple(source.shape), dtype, source.device, needs_grad)

@@ -1,0 +1,262 @@
+"""May this match be replaced? Exact conditions on the real graph; every refusal is a sentence with its node."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+import networkx as nx
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from rewriter.meta import TensorMeta, example, tensor_meta
+from rewriter.pattern import Call, Match
+from rewriter.shadow import Shadow, ancestors_until
+
+# Values that are cheap to keep when something outside the match also reads them.
+_CHEAP = {"cast", "copy", "slice", "reshape", "expand", "permute", "parts", "const"}
+
+
+@dataclass(frozen=True)
+class Site:
+    """A legal replacement: the matches it serves, the nodes it makes dead, and what may leave lazily.
+
+    inputs:  distinct real nodes the call reads
+    outputs: real nodes it replaces, in the order of the matches
+    covered: nodes between inputs and outputs, outputs included
+    lazy:    covered nodes that only leave the graph as an output (computed on demand)
+    before:  the node in front of which the call is placed
+    """
+
+    matches: tuple[Match, ...]
+    call: Call
+    inputs: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+    covered: tuple[fx.Node, ...]
+    lazy: tuple[fx.Node, ...]
+    before: fx.Node
+
+    @property
+    def pattern(self) -> str:
+        return self.matches[0].pattern.name
+
+    @property
+    def compute(self) -> frozenset[fx.Node]:
+        """Covered nodes that belong to this site alone."""
+        return frozenset(n for m in self.matches for v in m.bound.values() if (n := v.node) is not None)
+
+
+class Illegal(Exception):
+    """A condition that failed, in words, and the node it speaks of."""
+
+    def __init__(self, reason: str, node: fx.Node):
+        super().__init__(reason)
+        self.reason, self.node = reason, node
+
+
+class Legality:
+    """Facts about one graph that every check needs: positions, aliases, in-place writes."""
+
+    def __init__(self, graph: fx.Graph, shadow: Shadow):
+        self.shadow = shadow
+        self.position = {node: i for i, node in enumerate(graph.nodes)}
+        self.output = graph.find_nodes(op="output")[0]
+        self.writes = written_nodes(graph)
+
+    def site(self, matches: tuple[Match, ...]) -> Site:
+        """The site of these matches; raises Illegal."""
+        first = matches[0]
+        for match in matches:
+            reason = match.pattern.check(match)
+            if reason:
+                raise Illegal(reason, match.output)
+            if match.rounded and not match.pattern.rounded_inputs:
+                name = next(iter(match.rounded))
+                raise Illegal(f"autocast rounds {name} to {match.rounded[name]} first", match.output)
+        inputs = tuple(dict.fromkeys(v.node for m in matches for v in m.tensors.values()))
+        outputs = tuple(m.output for m in matches)
+        covered = tuple(sorted(ancestors_until(list(outputs), set(inputs)), key=self.position.__getitem__))
+        self._check_inside(covered)
+        lazy = self._check_escapes(covered, outputs, first.pattern.lazy)
+        before = self._place(inputs, outputs)
+        self._check_order(covered, inputs, outputs, before)
+        self._check_writes(covered, inputs, outputs, before)
+        call = first.pattern.replacement(*matches)
+        used = {n for n in pytree.tree_leaves((call.args, dict(call.kwargs))) if isinstance(n, fx.Node)}
+        for node in used - set(inputs):
+            if self.position[node] >= self.position[before]:
+                raise Illegal(f"the replacement reads {node}, which comes later", node)
+        check_fake(call, outputs)
+        return Site(matches, call, inputs, outputs, covered, lazy, before)
+
+    def _check_inside(self, covered: tuple[fx.Node, ...]) -> None:
+        states = set()
+        for node in covered:
+            if node.op != "call_function" or isinstance(node.target, torch._ops.HigherOrderOperator):
+                raise Illegal(f"{node.name} lies inside the match but is not one of its inputs", node)
+            if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+                raise Illegal(f"{node.name} writes in place inside the match", node)
+            if type(example(node)) not in _PLAIN and isinstance(example(node), torch.Tensor):
+                raise Illegal(f"{node.name} is a {type(example(node)).__name__}", node)
+            states.add(node.meta.get("ambient"))
+        if len(states) > 1:
+            raise Illegal("grad mode or autocast changes inside the match", covered[-1])
+
+    def _check_escapes(
+        self, covered: tuple[fx.Node, ...], outputs: tuple[fx.Node, ...], lazy_allowed: bool
+    ) -> tuple[fx.Node, ...]:
+        inside, lazy = set(covered), []
+        for node in covered:
+            outside = [u for u in node.users if u not in inside]
+            if node in outputs or not outside:
+                continue
+            if lazy_allowed and outside == [self.output] and isinstance(example(node), torch.Tensor):
+                lazy.append(node)
+            elif self.shadow.of[node].op not in _CHEAP:
+                raise Illegal(f"its intermediate result {node.name} is used again by {outside[0].name}", node)
+        return tuple(lazy)
+
+    def _place(self, inputs: tuple[fx.Node, ...], outputs: tuple[fx.Node, ...]) -> fx.Node:
+        users = [u for node in outputs for u in node.users] or [self.output]
+        first_use = min(users, key=self.position.__getitem__)
+        last_output = max(outputs, key=self.position.__getitem__)
+        before = min(first_use, last_output, key=self.position.__getitem__)
+        for node in inputs:
+            if self.position[node] >= self.position[before]:
+                raise Illegal(f"{node.name} comes after the first use of a result", node)
+        return before
+
+    def _check_order(self, covered: tuple, inputs: tuple, outputs: tuple, before: fx.Node) -> None:
+        """Convexity: no input may depend on an output (only possible when several outputs are joined)."""
+        if len(outputs) < 2:
+            return
+        low, high = self.position[covered[0]], self.position[before]
+        flow = nx.DiGraph()
+        for node, position in _window(covered[0], low, high):
+            flow.add_node(node)
+            flow.add_edges_from((i, node) for i in node.all_input_nodes if self.position[i] >= low)
+        for source in outputs:
+            for sink in inputs:
+                if source in flow and sink in flow and nx.has_path(flow, source, sink):
+                    raise Illegal(f"{sink.name} depends on {source.name}", sink)
+
+    def _check_writes(self, covered: tuple, inputs: tuple, outputs: tuple, before: fx.Node) -> None:
+        low, high = self.position[covered[0]], self.position[before]
+        for node in (*inputs, *covered):
+            for writer in self.writes.get(node, ()):
+                at = self.position[writer]
+                if low < at < high or (node in covered and not (node in outputs and at >= high)):
+                    raise Illegal(f"{writer.name} writes {node.name} in place", writer)
+
+
+def _window(start: fx.Node, low: int, high: int):
+    node = start
+    for position in range(low, high):
+        yield node, position
+        node = node.next
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter, FakeTensor)
+
+
+def written_nodes(graph: fx.Graph) -> dict[fx.Node, tuple[fx.Node, ...]]:
+    """For each node that shares memory with something written in place: the writing nodes."""
+    alias: dict[fx.Node, fx.Node] = {}
+
+    def root(node: fx.Node) -> fx.Node:
+        while node in alias:
+            node = alias[node]
+        return node
+
+    writers: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.op not in ("call_function", "call_method", "call_module"):
+            continue
+        target = node.target
+        if isinstance(target, torch._ops.OpOverload):
+            schema = target._schema
+            for i, argument in enumerate(schema.arguments):
+                info = argument.alias_info
+                if info is None:
+                    continue
+                given = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+                for source in (n for n in pytree.tree_leaves(given) if isinstance(n, fx.Node)):
+                    if info.is_write:
+                        writers.setdefault(root(source), []).append(node)
+                    _join(alias, root, node, source)
+            if not any(a.alias_info for a in schema.arguments) and _may_alias(target):
+                for source in node.all_input_nodes:
+                    _join(alias, root, node, source)
+        else:
+            for source in node.all_input_nodes:  # unknown call: its results may share memory with its inputs
+                _join(alias, root, node, source)
+            if node.op == "call_method" and isinstance(target, str) and target.endswith("_"):
+                writers.setdefault(root(node.args[0]), []).append(node)
+            elif getattr(target, "__name__", "").startswith("i") and getattr(target, "__module__", "") == "_operator":
+                if target.__name__ in _IN_PLACE and isinstance(node.args[0], fx.Node):
+                    writers.setdefault(root(node.args[0]), []).append(node)
+            elif target is _SETITEM:
+                writers.setdefault(root(node.args[0]), []).append(node)
+    by_root: dict[fx.Node, list[fx.Node]] = {}
+    for source, nodes in writers.items():
+        by_root.setdefault(root(source), []).extend(nodes)
+    if not by_root:
+        return {}
+    return {node: tuple(by_root[root(node)]) for node in graph.nodes if root(node) in by_root}
+
+
+_IN_PLACE = {"iadd", "isub", "imul", "itruediv", "ipow", "iand", "ior", "ixor", "imatmul", "ifloordiv", "imod"}
+_SETITEM = operator.setitem
+# Composite operators that return their input, or a view of it, where nothing has to change.
+_MAYBE_VIEWS = {"to", "reshape", "contiguous", "flatten", "type_as", "dropout", "expand_as", "view_as", "unflatten"}
+
+
+def _may_alias(target: torch._ops.OpOverload) -> bool:
+    return target._schema.name.removeprefix("aten::") in _MAYBE_VIEWS
+
+
+def _join(alias: dict, root, a: fx.Node, b: fx.Node) -> None:
+    a, b = root(a), root(b)
+    if a is not b:
+        alias[a] = b
+
+
+def check_fake(call: Call, outputs: tuple[fx.Node, ...]) -> None:
+    """Run the replacement on fake tensors: shape, dtype, stride, device and requires_grad must be the original's."""
+    ambient = outputs[0].meta.get("ambient")
+    with FakeTensorMode() as mode, torch.set_grad_enabled(ambient is None or ambient[0]):
+        fakes: dict[fx.Node, torch.Tensor] = {}
+
+        def fake(node: fx.Node) -> torch.Tensor:
+            if node not in fakes:
+                fakes[node] = _fake(tensor_meta(node))
+            return fakes[node]
+
+        args, kwargs = pytree.tree_map_only(fx.Node, fake, (call.args, dict(call.kwargs)))
+        try:
+            results = call.fn(*args, **kwargs)
+        except Exception as error:
+            raise Illegal(f"the replacement failed on fake tensors: {type(error).__name__}: {error}", outputs[0]) from error
+    del mode
+    results = results if isinstance(results, tuple | list) else (results,)
+    if len(results) != len(outputs):
+        raise Illegal(f"the replacement gives {len(results)} results, not {len(outputs)}", outputs[0])
+    for result, node in zip(results, outputs, strict=True):
+        old, new = tensor_meta(node), TensorMeta.of(result)
+        for what in ("shape", "dtype", "device", "requires_grad"):
+            if getattr(old, what) != getattr(new, what):
+                raise Illegal(f"the replacement's {what} is {getattr(new, what)}, not {getattr(old, what)}", node)
+        if _significant(old) != _significant(new):
+            raise Illegal(f"the replacement's strides are {new.stride}, not {old.stride}", node)
+
+
+def _fake(meta: TensorMeta) -> torch.Tensor:
+    tensor = torch.empty_strided(meta.shape, meta.stride, dtype=meta.dtype, device=meta.device)
+    return tensor.requires_grad_(meta.requires_grad) if meta.requires_grad else tensor
+
+
+def _significant(meta: TensorMeta) -> tuple[int, ...]:
+    """Strides of dimensions longer than one: no other stride is ever used."""
+    return tuple(s for s, n in zip(meta.stride, meta.shape, strict=True) if n > 1)

@@ -1,0 +1,55 @@
+"""The patterns that apply: built-in ones, those of installed plugins, and those given to `optimize`."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Iterable
+from importlib.metadata import entry_points
+
+from rewriter.log import log
+from rewriter.pattern import Pattern
+
+BUILT_IN = ("linear_cross_entropy", "rms_norm", "rotary", "glu")
+ENTRY_POINTS = "rewriter.patterns"
+
+
+@functools.cache
+def built_in() -> dict[str, Pattern]:
+    """Name -> pattern, each from the module of its name under rewriter.patterns."""
+    return {name: importlib.import_module(f"rewriter.patterns.{name}").PATTERN for name in BUILT_IN}
+
+
+@functools.cache
+def plugins() -> dict[str, Pattern]:
+    """Patterns of installed packages (entry points of group `rewriter.patterns`); a broken one is left out."""
+    found = {}
+    for entry in entry_points(group=ENTRY_POINTS):
+        try:
+            loaded = entry.load()
+            pattern = loaded() if isinstance(loaded, type) else loaded
+            found[pattern.name or entry.name] = pattern
+        except Exception as error:  # somebody else's package must not stop a training run
+            log.warning("pattern plugin %r can't be loaded: %s: %s", entry.name, type(error).__name__, error)
+    return found
+
+
+def select(patterns: Iterable[str | Pattern] | None, exclude: Iterable[str]) -> tuple[Pattern, ...]:
+    """The patterns asked for. Strings name known patterns; Pattern objects are added to them (see `optimize`)."""
+    known = {**built_in(), **plugins()}
+    if isinstance(patterns, str | Pattern) or isinstance(exclude, str):
+        raise TypeError("patterns and exclude take a list of names or Pattern objects, not one")
+    given = [p() if isinstance(p, type) and issubclass(p, Pattern) else p for p in patterns or ()]
+    for item in given:
+        if not isinstance(item, str | Pattern):
+            raise TypeError(f"a pattern is a name or a rewriter.Pattern, not {type(item).__name__}")
+        if isinstance(item, Pattern) and not (item.name and item.references):
+            raise ValueError(f"{type(item).__name__} needs a name and at least one reference")
+    own = {p.name: p for p in given if isinstance(p, Pattern)}
+    names = [p for p in given if isinstance(p, str)]
+    excluded = list(exclude)
+    for name in (*names, *excluded):
+        if name not in known and name not in own:
+            raise ValueError(f"unknown pattern {name!r}; known are {', '.join(sorted({*known, *own}))}")
+    chosen = {n: known[n] for n in names if n in known} if names else known
+    return tuple(p for n, p in {**own, **{k: v for k, v in chosen.items() if k not in own}}.items() if n not in excluded)

@@ -1,0 +1,197 @@
+"""Lower a Dynamo graph (torch functions and methods) to pre-dispatch ATen, node by node.
+
+Node by node, because tracing a whole graph runs through higher-order operators: activation checkpointing fails and
+`autograd_function_apply` is inlined without its backward. Those stay as they are; checkpointed bodies are lowered too.
+A node that can't be lowered stays as it is and is opaque to the patterns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from rewriter.log import log
+from rewriter.meta import example, set_example
+
+GRAD_SWITCH = torch._C._set_grad_enabled
+AUTOCAST_ENTER = torch.amp.autocast_mode._enter_autocast
+AUTOCAST_EXIT = torch.amp.autocast_mode._exit_autocast
+
+# Calls whose effect is Python-side or in place on sizes: tracing them again would be wrong.
+_PLAIN_PYTHON = {operator.getitem, getattr, isinstance, torch.sym_int, torch.sym_float}
+_RESIZING = ("resize_", "set_", "t_", "transpose_", "swapaxes_", "swapdims_", "unsqueeze_", "squeeze_", "as_strided_")
+
+
+def ambient() -> tuple:
+    """The global state that decides what an operator computes: grad mode, and autocast per device type."""
+    cast = tuple(
+        (kind, torch.get_autocast_dtype(kind))
+        for kind in ("cpu", "cuda")
+        if torch.is_autocast_enabled(kind)
+    )
+    return torch.is_grad_enabled(), cast
+
+
+class Lowering:
+    """Lowers graphs; one instance per backend, so that traces of equal nodes are shared by all graphs."""
+
+    def __init__(self) -> None:
+        self._traces: dict[Any, fx.GraphModule | None] = {}
+
+    def __call__(self, gm: fx.GraphModule) -> fx.GraphModule:
+        """A new GraphModule of ATen operators; placeholders, outputs and submodules keep their names and order."""
+        graph = fx.Graph()
+        new: dict[fx.Node, Any] = {}
+        with _preserved_state() as state:
+            for node in gm.graph.nodes:
+                new[node] = self._lower_node(gm, graph, node, new, state)
+        lowered = fx.GraphModule(gm, graph)
+        lowered.meta.update(gm.meta)
+        return lowered
+
+    def _lower_node(self, gm: fx.GraphModule, graph: fx.Graph, node: fx.Node, new: dict, state: _State) -> Any:
+        state.step(node)
+        if node.target is operator.getitem and isinstance(new.get(node.args[0]), tuple | list):
+            return new[node.args[0]][node.args[1]]  # one of several results of a node that was lowered
+        inner = self._trace(gm, node) if self._lowerable(node) else None
+        if inner is None:
+            copy = graph.node_copy(node, lambda n: new[n])
+            copy.meta = dict(node.meta)
+            set_example(copy, example(node))
+            copy.meta["ambient"] = ambient()
+            return copy
+        tensors = iter(_leaves(node))
+        local: dict[fx.Node, Any] = {}
+        created = set()
+        for inode in inner.graph.nodes:
+            if inode.op == "placeholder":
+                local[inode] = new[next(tensors)]
+            elif inode.op == "output":
+                result = pytree.tree_map_only(fx.Node, lambda n: local[n], inode.args[0])
+            else:
+                copy = local[inode] = graph.node_copy(inode, lambda n: local[n])
+                copy.meta = {k: v for k, v in node.meta.items() if k not in ("example_value", "val")}
+                set_example(copy, inode.meta.get("val"))
+                copy.meta["ambient"] = ambient()
+                created.add(copy)
+        if isinstance(result, fx.Node) and result in created:
+            set_example(result, example(node))
+        return result
+
+    @staticmethod
+    def _lowerable(node: fx.Node) -> bool:
+        if node.op not in ("call_function", "call_method"):
+            return False
+        if node.op == "call_method":
+            return node.target not in _RESIZING and _has_tensor(node)
+        target = node.target
+        if target is operator.getitem:  # indexing a tensor is an operator, indexing a tuple is not
+            return isinstance(node.args[0], fx.Node) and isinstance(example(node.args[0]), torch.Tensor)
+        if isinstance(target, torch._ops.HigherOrderOperator) or target in _PLAIN_PYTHON:
+            return False
+        if isinstance(target, torch._ops.OpOverload):
+            return False
+        return _has_tensor(node)
+
+    def _trace(self, gm: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:
+        key = _trace_key(node)
+        if key is not None and key in self._traces:
+            return self._traces[key]
+        try:
+            inner = _trace_one(node)
+        except Exception as error:  # any operator we can't trace alone is left to run as Dynamo captured it
+            log.debug("not lowered: %s (%s: %s)", node.format_node(), type(error).__name__, error)
+            inner = None
+        if key is not None:
+            self._traces[key] = inner
+        return inner
+
+
+def _trace_one(node: fx.Node) -> fx.GraphModule | None:
+    leaves = list(_leaves(node))
+    values = [example(leaf) for leaf in leaves]
+    if any(v is None for v in values):
+        return None
+
+    def run(*flat: Any) -> Any:
+        value = dict(zip(leaves, flat, strict=True))
+        args, kwargs = pytree.tree_map_only(fx.Node, value.__getitem__, (_listed(node.args), dict(node.kwargs)))
+        if node.op == "call_method":
+            return getattr(args[0], node.target)(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)
+
+    inner = make_fx(run, pre_dispatch=True, _error_on_data_dependent_ops=False)(*values)
+    if any(n.op == "get_attr" for n in inner.graph.nodes):
+        return None  # a tensor constant was lifted: keep the node as it was
+    return inner
+
+
+def _leaves(node: fx.Node) -> list[fx.Node]:
+    """Argument nodes of a node, once each, in order."""
+    return list(dict.fromkeys(node.all_input_nodes))
+
+
+def _listed(tree: Any) -> Any:
+    """fx's immutable containers and slices as plain ones that pytree and operators accept."""
+    if isinstance(tree, tuple | list):
+        return type(tree)(map(_listed, tree)) if type(tree) in (tuple, list) else [_listed(t) for t in tree]
+    return tree
+
+
+def _has_tensor(node: fx.Node) -> bool:
+    return any(isinstance(example(n), torch.Tensor) for n in node.all_input_nodes)
+
+
+def _trace_key(node: fx.Node) -> Any:
+    """Equal keys have equal traces: same target, constants, input metas and ambient state. None: don't share."""
+    order = {leaf: i for i, leaf in enumerate(_leaves(node))}
+    metas = []
+    for leaf in order:
+        value = example(leaf)
+        if not isinstance(value, torch.Tensor):
+            return None
+        if any(isinstance(s, torch.SymInt) for s in (*value.shape, *value.stride())):
+            return None  # symbolic sizes belong to one compilation
+        metas.append((type(value), tuple(value.shape), value.stride(), value.dtype, value.device, value.requires_grad))
+    spec = repr(pytree.tree_map_only(fx.Node, lambda n: _Index(order[n]), (_listed(node.args), dict(node.kwargs))))
+    return node.op, node.target, spec, tuple(metas), ambient()
+
+
+class _Index(int):
+    def __repr__(self) -> str:
+        return f"%{int(self)}"
+
+
+class _State:
+    """Replays the graph's own switches of grad mode and autocast, so that each node is traced as it will run."""
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        self._stack = stack
+        self._contexts: dict[fx.Node, Any] = {}
+
+    def step(self, node: fx.Node) -> None:
+        if node.op != "call_function":
+            return
+        if node.target is GRAD_SWITCH:
+            torch._C._set_grad_enabled(node.args[0])
+        elif node.target is AUTOCAST_ENTER:
+            context = self._contexts[node] = AUTOCAST_ENTER(*node.args)
+            self._stack.callback(self._close, node, context)
+        elif node.target is AUTOCAST_EXIT:
+            self._close(node.args[0], self._contexts[node.args[0]])
+
+    def _close(self, node: fx.Node, context: Any) -> None:
+        if self._contexts.pop(node, None) is not None:
+            AUTOCAST_EXIT(context)
+
+
+@contextlib.contextmanager
+def _preserved_state():
+    with torch.set_grad_enabled(torch.is_grad_enabled()), contextlib.ExitStack() as stack:
+        yield _State(stack)

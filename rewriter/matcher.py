@@ -1,0 +1,230 @@
+"""Find references in a shadow: start at the rarest operator, climb to candidate roots, then match downwards.
+
+The search is a goal list with an undo trail; commutative operators try both orders. A budget bounds each candidate.
+The best failed attempt is kept as a near miss, with the condition that failed and the node it speaks of.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rewriter.canonical import COMMUTATIVE, TRANSPARENT
+from rewriter.pattern import Match, Pattern, Reference, TracedReference, is_narrowing
+from rewriter.shadow import Shadow, Value
+
+BUDGET = 4000  # goals tried for one candidate
+MAX_ROOTS = 32  # candidates climbed to from one anchor
+
+
+@dataclass(frozen=True)
+class Miss:
+    """An attempt that failed: how many operators of the reference had matched, why it stopped, and where."""
+
+    pattern: Pattern
+    anchor: Value
+    progress: float
+    reason: str
+    at: Value
+
+
+def find(shadow: Shadow, pattern: Pattern) -> tuple[list[Match], list[Miss]]:
+    """All matches of a pattern's references, and for every anchor without a match its best failed attempt."""
+    matches: list[Match] = []
+    misses: dict[Value, Miss] = {}
+    matched: set[Value] = set()
+    for reference in pattern.references:
+        found, missed = _find_reference(shadow, pattern, reference)
+        matches += found
+        for match in found:
+            matched.update(match.bound.values())
+        for miss in missed:
+            if miss.anchor not in misses or miss.progress > misses[miss.anchor].progress:
+                misses[miss.anchor] = miss
+    return matches, [m for m in misses.values() if m.anchor not in matched and m.at not in matched]
+
+
+def _find_reference(shadow: Shadow, pattern: Pattern, reference: Reference) -> tuple[list[Match], list[Miss]]:
+    traced = reference.traced
+    counts = {op: len(shadow.by_op.get(op.op, ())) for op in traced.operators if op.op not in TRANSPARENT}
+    if not counts or min(counts.values()) == 0:
+        return [], []
+    anchor = min(counts, key=lambda op: counts[op])
+    path = _path_to_root(traced, anchor)
+    matches, misses, tried = [], [], set()
+    for start in list(shadow.by_op[anchor.op]):
+        best: Miss | None = None
+        found = False
+        for root in _climb(start, path, pattern):
+            if root in tried:
+                continue
+            tried.add(root)
+            search = _Search(pattern, traced)
+            if root.node is not None and search.solve(((traced.root, root, None),)):
+                matches.append(search.match(reference, root))
+                found = True
+                break
+            if best is None or search.progress > best.progress:
+                best = Miss(pattern, start, search.progress, search.reason, search.at or root)
+        if best is not None and not found and best.progress >= 0.5:
+            misses.append(best)
+    return matches, misses
+
+
+def _path_to_root(traced: TracedReference, anchor: Value) -> list[Value]:
+    inside = set(traced.operators)
+    path, value = [], anchor
+    while value is not traced.root:
+        value = next(u for u in value.users if u in inside)
+        path.append(value)
+    return path
+
+
+def _climb(start: Value, path: list[Value], pattern: Pattern) -> Iterator[Value]:
+    level = [start]
+    for step in path:
+        above: dict[Value, None] = {}
+        todo = list(level)
+        while todo and len(above) < MAX_ROOTS:
+            for user in todo.pop().users:
+                if user.op == step.op:
+                    above[user] = None
+                elif _passable(user, pattern):
+                    todo.append(user)
+        level = list(above)
+    yield from level
+
+
+def _passable(value: Value, pattern: Pattern) -> bool:
+    if value.op in TRANSPARENT:
+        return True
+    return pattern.row_operators and is_row_operator(value)
+
+
+def is_row_operator(value: Value) -> bool:
+    """A slice or reshape that leaves the rows along the last dimension whole."""
+    source = value.inputs[0].meta if value.inputs else None
+    if source is None or value.meta is None or not source.ndim or not value.meta.ndim:
+        return False
+    if value.op == "slice":
+        return value.attrs[0] != -1
+    return value.op == "reshape" and source.shape[-1] == value.meta.shape[-1] and source.static[-1]
+
+
+class _Search:
+    def __init__(self, pattern: Pattern, traced: TracedReference):
+        self.pattern, self.traced = pattern, traced
+        self.bound: dict[Value, Value] = {}
+        self.consts: dict[str, float] = {}
+        self.rounded: dict[str, object] = {}
+        self.passed: list[tuple[str, str, tuple[Value, ...]]] = []
+        self.steps = 0
+        self.progress, self.reason, self.at = 0.0, "", None
+
+    def match(self, reference: Reference, root: Value) -> Match:
+        tensors = {name: self.bound[hole] for hole, name in self.traced.holes.items() if hole in self.bound}
+        operators = {p: g for p, g in self.bound.items() if p not in self.traced.holes}
+        return Match(
+            self.pattern, reference, tensors, dict(self.consts), dict(self.rounded), operators, tuple(self.passed), root
+        )
+
+    def solve(self, goals: tuple) -> bool:
+        if not goals:
+            return True
+        self.steps += 1
+        if self.steps > BUDGET:
+            return self._fail("the search budget was used up", goals[0][1])
+        (want, have, consumer), rest = goals[0], goals[1:]
+        state = (dict(self.bound), dict(self.consts), dict(self.rounded), len(self.passed))
+        for more in self._expand(want, have, consumer):
+            if self.solve((*more, *rest)):
+                return True
+            self.bound, self.consts, self.rounded = (dict(s) for s in state[:3])
+            del self.passed[state[3] :]
+        return False
+
+    def _expand(self, want: Value, have: Value, consumer: Value | None) -> Iterator[tuple]:
+        if want.op == "const":
+            if self._bind_const(want, have):
+                yield ()
+        elif want in self.traced.holes:
+            if self._bind_hole(want, have):
+                yield ()
+        else:
+            yield from self._operator(want, have, consumer)
+
+    def _operator(self, want: Value, have: Value, consumer: Value | None) -> Iterator[tuple]:
+        seen = []
+        while have.op != want.op and _passable(have, self.pattern):
+            seen.append(have)
+            have = have.inputs[0]
+        if want in self.bound:
+            if self.bound[want].number == have.number:
+                yield ()
+            else:
+                self._fail(f"two different values where the pattern uses one result of {want.op}", have)
+            return
+        if have.op != want.op:
+            self._fail(f"expected {want.op}, found {_words(have)}", have)
+            return
+        if len(have.inputs) != len(want.inputs):
+            self._fail(f"{want.op} with {len(have.inputs)} tensor inputs where the pattern has {len(want.inputs)}", have)
+            return
+        if have.attrs != want.attrs and want.op not in ("cross_entropy", "reshape", "expand"):
+            self._fail(f"{want.op}{list(have.attrs)} where the pattern needs {want.op}{list(want.attrs)}", have)
+            return
+        self.bound[want] = have
+        if seen:
+            self.passed.append((consumer.op if consumer else "", want.op, tuple(seen)))
+        pairs = tuple((w, h, want) for w, h in zip(want.inputs, have.inputs, strict=True))
+        yield pairs
+        if want.op in COMMUTATIVE:
+            self.bound[want] = have
+            if seen:
+                self.passed.append((consumer.op if consumer else "", want.op, tuple(seen)))
+            yield tuple((w, h, want) for w, h in zip(want.inputs, reversed(have.inputs), strict=True))
+
+    def _bind_const(self, want: Value, have: Value) -> bool:
+        if have.op != "const":
+            return self._fail(f"expected a constant, found {_words(have)}", have)
+        given, name = have.const, self.traced.consts.get(want.const)
+        inverse = False
+        if name is None and want.const and (1.0 / want.const) in self.traced.consts:
+            name, inverse = self.traced.consts[1.0 / want.const], True
+        if name is None:
+            same = math.isclose(given, want.const, rel_tol=1e-6)
+            return same or self._fail(f"the constant {given!r} where the pattern has {want.const!r}", have)
+        number = 1.0 / given if inverse and given else given
+        if name in self.consts:
+            same = math.isclose(self.consts[name], number, rel_tol=1e-9)
+            return same or self._fail(f"two values for the constant {name}: {self.consts[name]!r}, {number!r}", have)
+        self.consts[name] = number
+        return True
+
+    def _bind_hole(self, want: Value, have: Value) -> bool:
+        name = self.traced.holes[want]
+        while have.op == "cast" and (have.node is None or not is_narrowing(have)):
+            if is_narrowing(have):
+                self.rounded[name] = have.attrs[0]
+            have = have.inputs[0]
+        if have.meta is None or have.node is None:
+            return self._fail(f"the pattern's tensor {name} would be {_words(have)}", have)
+        if want in self.bound:
+            same = self.bound[want].number == have.number
+            return same or self._fail(f"two different tensors where the pattern uses {name} twice", have)
+        self.bound[want] = have
+        return True
+
+    def _fail(self, reason: str, at: Value) -> bool:
+        operators = sum(p not in self.traced.holes for p in self.bound)
+        progress = operators / max(len(self.traced.operators), 1)
+        if progress > self.progress or self.at is None:
+            self.progress, self.reason, self.at = progress, reason, at
+        return False
+
+
+def _words(value: Value) -> str:
+    if value.op == "const":
+        return f"the constant {value.const!r}"
+    return "an input of the graph" if value.op == "input" else value.op.removeprefix("opaque:")

@@ -1,0 +1,73 @@
+"""What the compiler knows of a value without running it: `TensorMeta`, kept in `node.meta["tensor"]`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+
+def hint(value: Any) -> int:
+    """The integer behind a size: itself, or the example that a symbolic size was traced with."""
+    if isinstance(value, torch.SymInt):
+        size = value.node.hint
+        if size is None:
+            raise ValueError(f"the size {value} depends on data")
+        return int(size)
+    return int(value)
+
+
+@dataclass(frozen=True)
+class TensorMeta:
+    """Shape and strides are the example's sizes; `static[d]` is False where dimension d may change between calls."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    requires_grad: bool
+    static: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> TensorMeta:
+        return cls(
+            shape=tuple(hint(s) for s in tensor.shape),
+            stride=tuple(hint(s) for s in tensor.stride()),
+            dtype=tensor.dtype,
+            device=tensor.device,
+            requires_grad=tensor.requires_grad,
+            static=tuple(not isinstance(s, torch.SymInt) for s in tensor.shape),
+        )
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def numel(self) -> int:
+        total = 1
+        for size in self.shape:
+            total *= size
+        return total
+
+
+def tensor_meta(node: fx.Node) -> TensorMeta | None:
+    """The meta of a node that yields one tensor; None for any other node."""
+    return node.meta.get("tensor")
+
+
+def example(node: fx.Node) -> Any:
+    """The fake value a node was traced with (Dynamo's, or that of a trace of our own)."""
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+def set_example(node: fx.Node, value: Any) -> None:
+    """Record the fake value of a node together with its TensorMeta."""
+    node.meta["example_value"] = value
+    node.meta.pop("tensor", None)
+    if isinstance(value, torch.Tensor) and value.layout == torch.strided:
+        try:
+            node.meta["tensor"] = TensorMeta.of(value)
+        except (ValueError, RuntimeError):
+            return  # a data-dependent size: nothing is known of it, so no pattern will touch it

@@ -1,0 +1,186 @@
+"""What a pattern is: plain PyTorch references, a check, and the call that replaces a match.
+
+    class SquaredRelu(Pattern):
+        name = "squared_relu"
+        references = (Reference(lambda x: torch.relu(x) ** 2, {"x": (4, 8)}),)
+
+        def replacement(self, match):
+            return Call(my_fused_op, (match["x"],))
+
+A reference is traced with holes through the same canonical form as the model: its tensor arguments are the holes, its
+float constants given under `consts` are holes for numbers. Casts and copies between its operators are seen through and
+recorded on the match, so one reference covers every mix of dtypes; `check` says which of them the replacement serves.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from rewriter.meta import TensorMeta, set_example
+from rewriter.shadow import Shadow, Value, build_shadow
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """One spelling of a pattern.
+
+    fn:      plain PyTorch function of tensors (positional) and constants (keyword) that returns one tensor
+    inputs:  name -> example shape of a float32 tensor, or an example tensor (for integer inputs)
+    consts:  names of the float constants that are holes; fn takes each as a keyword
+    variant: data about this spelling, found again as `match.variant`
+    """
+
+    fn: Callable[..., torch.Tensor]
+    inputs: Mapping[str, Any]
+    consts: tuple[str, ...] = ()
+    variant: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def traced(self) -> TracedReference:
+        return _trace(self)
+
+
+@dataclass(frozen=True, eq=False)
+class TracedReference:
+    """The shadow of a reference: its root, its holes by value, and constant holes by their stand-in number."""
+
+    shadow: Shadow
+    root: Value
+    holes: dict[Value, str]
+    consts: dict[float, str]
+    operators: tuple[Value, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Match:
+    """A place in a graph where a reference was found.
+
+    tensors:  hole name -> value it is bound to
+    consts:   constant hole name -> number
+    rounded:  hole name -> dtype that ambient autocast rounds this hole to before use
+    bound:    value of the reference -> value of the graph
+    passed:   (operator of the consumer, operator of the producer, casts and copies seen through on that edge)
+    root:     the graph value that the reference's result is; `output` is its real node
+    """
+
+    pattern: Pattern
+    reference: Reference
+    tensors: dict[str, Value]
+    consts: dict[str, float]
+    rounded: dict[str, torch.dtype]
+    bound: dict[Value, Value]
+    passed: tuple[tuple[str, str, tuple[Value, ...]], ...]
+    root: Value
+
+    @property
+    def variant(self) -> Mapping[str, Any]:
+        return self.reference.variant
+
+    @property
+    def output(self) -> fx.Node:
+        return self.root.node
+
+    def __getitem__(self, name: str) -> fx.Node:
+        """The real node bound to a tensor hole."""
+        return self.tensors[name].node
+
+    def meta(self, name: str) -> TensorMeta:
+        """Shape, dtype, device of the tensor bound to a hole."""
+        return self.tensors[name].meta
+
+    def attrs(self, op: str) -> tuple:
+        """Canonical attributes of the matched operator `op` (the first of that name in the reference)."""
+        return next(g.attrs for p, g in self.bound.items() if p.op == op)
+
+    def dtype(self, op: str) -> torch.dtype:
+        """The dtype that the matched operator `op` yields."""
+        return next(g.meta.dtype for p, g in self.bound.items() if p.op == op)
+
+    def rounds(self, consumer: str, producer: str) -> bool:
+        """Whether a narrowing cast stands between two matched operators."""
+        return any(
+            (c, p) == (consumer, producer) and any(is_narrowing(v) for v in values) for c, p, values in self.passed
+        )
+
+
+@dataclass(frozen=True)
+class Call:
+    """What replaces a match: `fn(*args, **kwargs)`; fx.Nodes among the arguments are the tensors of the match."""
+
+    fn: Callable
+    args: tuple
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    note: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Pattern:
+    """Base of all patterns, built-in or plugin. Subclasses set `name`, `references` and `replacement`.
+
+    rounded_inputs: the replacement accepts inputs that ambient autocast rounds first (see Match.rounded)
+    row_operators:  slices and reshapes that keep the last dimension are seen through inside a match
+    lazy:           names of operators whose result may leave the graph as an output that is computed on demand
+    """
+
+    name: str = ""
+    references: tuple[Reference, ...] = ()
+    rounded_inputs: bool = False
+    row_operators: bool = False
+    lazy: bool = False
+
+    def check(self, match: Match) -> str | None:
+        """A sentence that says why this match can't be replaced, or None."""
+        return None
+
+    def replacement(self, *matches: Match) -> Call:
+        """The call for one match, or for several that `group` put together (then it returns a tuple, in order)."""
+        raise NotImplementedError(f"pattern {self.name!r} has no replacement")
+
+    def group(self, matches: list[Match]) -> list[tuple[Match, ...]]:
+        """Which matches become one call; by default each is alone. A group that can't be one falls apart again."""
+        return [(m,) for m in matches]
+
+    def sample(self, match: Match, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Any:
+        """A value to verify with for hole `name`; None takes the default (normal numbers; ones and zeros for ints)."""
+        return None
+
+
+def is_narrowing(value: Value) -> bool:
+    """Whether a cast value loses bits."""
+    if value.op != "cast" or value.inputs[0].meta is None:
+        return False
+    source, target = value.inputs[0].meta.dtype, value.attrs[0]
+    return torch.promote_types(source, target) != target
+
+
+def _trace(reference: Reference) -> TracedReference:
+    names = list(reference.inputs)
+    examples = [v if isinstance(v, torch.Tensor) else torch.ones(v) for v in reference.inputs.values()]
+    stand_ins = {name: 0.3141 + 0.01732 * i for i, name in enumerate(reference.consts)}
+    parameters = inspect.signature(reference.fn).parameters.values()
+    required = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    unknown = [n for n in required if n not in names and n not in stand_ins]
+    if unknown:
+        raise ValueError(f"reference {reference.fn!r} has parameters {unknown} that are neither inputs nor consts")
+    gm = make_fx(lambda *tensors: reference.fn(*tensors, **stand_ins), tracing_mode="fake", pre_dispatch=True)(*examples)
+    for node in gm.graph.nodes:
+        set_example(node, node.meta.get("val"))
+    shadow = build_shadow(gm.graph)
+    (result,) = gm.graph.find_nodes(op="output")[0].all_input_nodes
+    root = shadow.of[result]
+    holes = dict(zip((shadow.of[n] for n in gm.graph.find_nodes(op="placeholder")), names, strict=True))
+    operators, todo = [], [root]
+    while todo:
+        value = todo.pop()
+        if value in operators or value.op in ("input", "const"):
+            continue
+        operators.append(value)
+        todo.extend(value.inputs)
+    return TracedReference(shadow, root, holes, {v: k for k, v in stand_ins.items()}, tuple(operators))

@@ -1,0 +1,5 @@
+"""Views of a report."""
+
+
+def text(report):
+    return repr(report)

@@ -1,0 +1,117 @@
+"""Splice verified sites into the graph, and take out what they made dead."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from rewriter.legality import Site
+from rewriter.meta import TensorMeta, example, set_example, tensor_meta
+from rewriter.subgraph import extract
+
+_KEPT_META = ("nn_module_stack", "source_fn_stack", "stack_trace", "ambient")
+
+
+@dataclass(frozen=True)
+class LazyOutput:
+    """A graph output that is computed on demand.
+
+    index:   its place among the outputs that the caller expects
+    kept:    how many of the new graph's outputs the caller gets; the rest serve lazy outputs
+    module:  computes it from `sources`: ("input", i) is the graph's i-th input, ("output", i) its i-th new output
+    """
+
+    index: int
+    kept: int
+    module: fx.GraphModule
+    sources: tuple[tuple[str, int], ...]
+    meta: TensorMeta
+    ambient: tuple | None
+    dtypes: tuple[torch.dtype, ...]
+    _shapes: dict = field(default_factory=dict)
+
+    def shape_of(self, shapes: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
+        """The output's shape for sources of these shapes, found by a run without data."""
+        if shapes not in self._shapes:
+            empty = [torch.empty(s, dtype=d, device="meta") for s, d in zip(shapes, self.dtypes, strict=True)]
+            self._shapes[shapes] = tuple(self.module(*empty)[0].shape)
+        return self._shapes[shapes]
+
+
+def replace_sites(gm: fx.GraphModule, sites: list[Site]) -> list[LazyOutput]:
+    """Rewrite the graph in place; the lazy outputs were removed from its output, in the order given back."""
+    graph = gm.graph
+    new: dict[fx.Node, fx.Node] = {}
+    promised = []
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for site in sorted(sites, key=lambda s: order[s.before]):
+        for node in site.lazy:
+            needed = _between(site, node)
+            promised.append((node, site, extract(site.inputs, needed, (node,))))
+        _splice(graph, site, new)
+    lazy = _delay_outputs(graph, promised, new)
+    for site in reversed(sites):
+        for node in reversed(site.covered):
+            if not node.users and node.graph is graph and not node._erased:
+                graph.erase_node(node)
+    graph.lint()
+    gm.recompile()
+    return lazy
+
+
+def _splice(graph: fx.Graph, site: Site, new: dict[fx.Node, fx.Node]) -> None:
+    args, kwargs = pytree.tree_map_only(fx.Node, lambda n: new.get(n, n), (site.call.args, dict(site.call.kwargs)))
+    with graph.inserting_before(site.before):
+        call = graph.call_function(site.call.fn, args, kwargs)
+        results = [call]
+        if len(site.outputs) > 1:
+            results = [graph.call_function(operator.getitem, (call, i)) for i in range(len(site.outputs))]
+    for old, result in zip(site.outputs, results, strict=True):
+        for key in _KEPT_META:
+            if key in old.meta:
+                result.meta[key] = old.meta[key]
+                call.meta.setdefault(key, old.meta[key])
+        set_example(result, example(old))
+        old.replace_all_uses_with(result)
+        new[old] = result
+
+
+def _between(site: Site, node: fx.Node) -> tuple[fx.Node, ...]:
+    needed: set[fx.Node] = {node}
+    for candidate in reversed(site.covered):
+        if candidate in needed:
+            needed.update(candidate.all_input_nodes)
+    return tuple(n for n in site.covered if n in needed)
+
+
+def _delay_outputs(graph: fx.Graph, promised: list, new: dict[fx.Node, fx.Node]) -> list[LazyOutput]:
+    if not promised:
+        return []
+    output = graph.find_nodes(op="output")[0]
+    results = list(output.args[0])
+    inputs = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
+    delayed = {node: (site, module) for node, site, module in promised}
+    kept = [r for r in results if r not in delayed]
+    count = len(kept)
+    lazy = []
+    for index, result in enumerate(results):
+        if result not in delayed:
+            continue
+        site, module = delayed[result]
+        sources = []
+        dtypes = tuple(tensor_meta(n).dtype for n in site.inputs)
+        for node in site.inputs:
+            node = new.get(node, node)
+            if node in inputs:
+                sources.append(("input", inputs[node]))
+                continue
+            if node not in kept:
+                kept.append(node)
+            sources.append(("output", kept.index(node)))
+        lazy.append(LazyOutput(index, count, module, tuple(sources), tensor_meta(result), result.meta.get("ambient"), dtypes))
+    output.args = (tuple(kept),)
+    return lazy

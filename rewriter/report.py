@@ -1,0 +1,134 @@
+"""What was done and what was not, and why: plain data, with text, Markdown, JSON and HTML views (render.py)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """One verified output or gradient: relative error norms against float64 truth."""
+
+    what: str
+    dtype: str
+    old_error: float
+    new_error: float
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """One rewrite of one compiled graph, and every module path it serves.
+
+    replacement: name of the op that was put in; details: what kind of match it was
+    operators:   how many graph nodes it replaced
+    verified:    errors of the proof; empty when verification was off
+    lazy:        whether a result that the graph returned is now computed on demand
+    """
+
+    pattern: str
+    sites: tuple[str, ...]
+    replacement: str
+    details: dict[str, Any]
+    operators: int
+    verified: tuple[CheckResult, ...]
+    lazy: bool = False
+
+
+@dataclass(frozen=True)
+class NearMiss:
+    """A place that looked like a pattern and was left alone. node: the graph node the reason speaks of."""
+
+    pattern: str
+    sites: tuple[str, ...]
+    reason: str
+    node: str
+    source: str
+
+
+@dataclass(frozen=True)
+class RegionReport:
+    """A compiled region: the module paths that ran it, its graphs, and how often they were recompiled."""
+
+    paths: tuple[str, ...]
+    kind: str
+    graphs: int
+    recompiles: int
+
+
+@dataclass(frozen=True)
+class GraphBreak:
+    """A place where Dynamo had to leave the graph."""
+
+    reason: str
+    count: int
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """A region that ran as it was, or a graph that was compiled without rewrites."""
+
+    where: str
+    reason: str
+    count: int
+
+
+@dataclass(frozen=True)
+class RewriteReport:
+    """Everything `rewriter` did to a model so far."""
+
+    rewrites: tuple[Rewrite, ...]
+    near_misses: tuple[NearMiss, ...]
+    regions: tuple[RegionReport, ...]
+    graph_breaks: tuple[GraphBreak, ...]
+    fallbacks: tuple[Fallback, ...]
+    environment: dict[str, str]
+
+    @property
+    def graphs(self) -> int:
+        """How many graphs were compiled in all."""
+        return sum(r.graphs for r in self.regions)
+
+    @property
+    def recompiles(self) -> int:
+        """How many of them were further compilations of a region that already had one."""
+        return sum(r.recompiles for r in self.regions)
+
+    def sites(self, pattern: str) -> list[str]:
+        """The module path of every place in the model where `pattern` was applied, in module order."""
+        return list(dict.fromkeys(s for r in self.rewrites if r.pattern == pattern for s in r.sites))
+
+    def coverage(self) -> dict[str, tuple[int, int]]:
+        """pattern -> (places rewritten, places seen: those and the near misses)."""
+        result: dict[str, tuple[int, int]] = {}
+        for name in dict.fromkeys([r.pattern for r in self.rewrites] + [m.pattern for m in self.near_misses]):
+            done = self.sites(name)
+            missed = {(s, m.node) for m in self.near_misses if m.pattern == name for s in m.sites if s not in done}
+            result[name] = (len(done), len(done) + len(missed))
+        return result
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers."""
+        return {**dataclasses.asdict(self), "graphs": self.graphs, "recompiles": self.recompiles}
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """`to_dict` as JSON text; values JSON doesn't know become strings."""
+        return json.dumps(self.to_dict(), indent=indent, default=str)
+
+    def save(self, path: str | Path) -> None:
+        """Write to `path`; the format follows its ending: .json, .md, .html or .txt. ValueError for another."""
+        from rewriter import render
+
+        views = {".json": lambda r: r.to_json(), ".md": render.markdown, ".html": render.html, ".txt": render.text}
+        path = Path(path)
+        if path.suffix not in views:
+            raise ValueError(f"can't save a report as {path.suffix!r}; allowed are {', '.join(views)}")
+        path.write_text(views[path.suffix](self) + "\n", encoding="utf-8")
+
+    def __str__(self) -> str:
+        from rewriter import render
+
+        return render.text(self)

@@ -1,0 +1,236 @@
+"""The passes over one graph, in order: shadow, match, legality, conflicts, groups, verification, replacement."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from rewriter.legality import Illegal, Legality, Site, written_nodes
+from rewriter.log import log
+from rewriter.matcher import find
+from rewriter.meta import tensor_meta
+from rewriter.pattern import Match, Pattern, is_narrowing
+from rewriter.replace import LazyOutput, replace_sites
+from rewriter.shadow import Value, build_shadow
+from rewriter.verify import Verification, verify
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A match or near match that stays as it was."""
+
+    pattern: str
+    reason: str
+    node: fx.Node | None
+    progress: float
+
+
+@dataclass
+class Result:
+    """What rewriting one graph did. `applied` pairs each site with its proof (None when verification is off)."""
+
+    applied: list[tuple[Site, Verification | None]] = field(default_factory=list)
+    refused: list[Refusal] = field(default_factory=list)
+    lazy: list[LazyOutput] = field(default_factory=list)
+
+
+class Proofs:
+    """Verifications by what they depend on, so that equal matches are proven once."""
+
+    def __init__(self, enabled: bool):
+        self.enabled = enabled
+        self._known: dict[Any, Verification] = {}
+
+    def of(self, site: Site) -> Verification | None:
+        if not self.enabled:
+            return None
+        key = _proof_key(site)
+        if key not in self._known:
+            self._known[key] = verify(site)
+        return self._known[key]
+
+
+class Fuel:
+    """`REWRITER_FUEL=n` in the environment applies the first n rewrites only, to bisect a wrong one."""
+
+    def __init__(self) -> None:
+        text = os.environ.get("REWRITER_FUEL")
+        self.left = int(text) if text else None
+
+    def take(self) -> bool:
+        if self.left is None:
+            return True
+        self.left -= 1
+        return self.left >= 0
+
+
+def rewrite(gm: fx.GraphModule, patterns: Iterable[Pattern], proofs: Proofs, fuel: Fuel) -> Result:
+    """Rewrite a lowered graph in place."""
+    result = Result()
+    with torch._guards.tracing(None):  # what runs on fake tensors here must not touch the shapes Dynamo is tracing
+        sites = choose_sites(gm.graph, patterns, proofs, result)
+    kept = [(site, proof) for site, proof in sites if fuel.take()]
+    result.lazy = replace_sites(gm, [site for site, _ in kept])
+    result.applied = kept
+    for site, _ in kept:
+        log.info("rewrote %s at %s", site.pattern, site.outputs[0].name)
+    for refusal in result.refused:
+        log.debug("near miss of %s at %s: %s", refusal.pattern, refusal.node, refusal.reason)
+    return result
+
+
+def choose_sites(
+    graph: fx.Graph, patterns: Iterable[Pattern], proofs: Proofs, result: Result
+) -> list[tuple[Site, Verification | None]]:
+    """Legal, proven sites that don't overlap; larger ones first. What was refused is added to `result`."""
+    writes = written_nodes(graph)
+    shadow = build_shadow(graph, frozenset(n for n in writes if n.op != "placeholder"))
+    legality = Legality(graph, shadow)
+    refused: dict[Any, Refusal] = {}
+    candidates: list[Site] = []
+    for pattern in patterns:
+        matches, misses = _guarded(lambda p=pattern: find(shadow, p), pattern, refused) or ([], [])
+        for miss in misses:
+            node = _real(miss.at) or _real(miss.anchor)
+            refused[pattern.name, miss.anchor] = Refusal(pattern.name, miss.reason, node, miss.progress)
+        for match in matches:
+            site = _legal_site(legality, match, refused)
+            if site is not None:
+                candidates.append(site)
+    candidates.sort(key=lambda s: (-len(s.compute), -len(s.covered), legality.position[s.outputs[0]]))
+    accepted: list[tuple[Site, Verification | None]] = []
+    banned: set[int] = set()
+    while True:
+        taken = {node for site, _ in accepted for node in site.compute}
+        fresh = _without_overlap([c for c in candidates if id(c) not in banned], taken)
+        if not fresh:
+            break
+        for group in _groups(legality, fresh, refused):
+            _prove(legality, group, proofs, accepted, refused)
+        banned.update(id(site) for site in fresh)
+    done = {node for site, _ in accepted for node in site.compute}
+    result.refused += [
+        r for (_, at), r in refused.items() if not (_real(at) in done or (r.node is not None and r.node in done))
+    ]
+    return sorted(accepted, key=lambda pair: legality.position[pair[0].outputs[0]])
+
+
+def _guarded(action: Callable, pattern: Pattern, refused: dict) -> Any:
+    """Run a plugin's code; what it raises becomes a reason."""
+    try:
+        return action()
+    except Illegal as error:
+        raise error
+    except Exception as error:
+        reason = f"the pattern raised {type(error).__name__}: {error}"
+        log.warning("%s: %s", pattern.name, reason)
+        refused[pattern.name, reason] = Refusal(pattern.name, reason, None, 1.0)
+        return None
+
+
+def _real(value: Any) -> fx.Node | None:
+    while isinstance(value, Value) and value.node is None and value.inputs:
+        value = value.inputs[0]
+    return value.node if isinstance(value, Value) else None
+
+
+def _legal_site(legality: Legality, match: Match, refused: dict) -> Site | None:
+    """The site of one match, with a cast of its result taken in where that is legal."""
+    for variant in (_with_trailing_cast(match), match):
+        if variant is None:
+            continue
+        try:
+            site = _guarded(lambda v=variant: legality.site((v,)), match.pattern, refused)
+            if site is not None:
+                return site
+        except Illegal as error:
+            if variant is match:
+                refused[match.pattern.name, match.root] = Refusal(match.pattern.name, error.reason, error.node, 1.0)
+    return None
+
+
+def _with_trailing_cast(match: Match) -> Match | None:
+    users = list(match.root.node.users)
+    if len(users) != 1 or len(match.root.users) != 1:
+        return None
+    cast = match.root.users[0]
+    if cast.node is not users[0] or not is_narrowing(cast):
+        return None
+    return dataclasses.replace(match, root=cast)
+
+
+def _without_overlap(candidates: list[Site], taken: set[fx.Node]) -> list[Site]:
+    kept, taken = [], set(taken)
+    for site in candidates:
+        if not (site.compute & taken):
+            kept.append(site)
+            taken |= site.compute
+    return kept
+
+
+def _groups(legality: Legality, sites: list[Site], refused: dict) -> list[list[Site]]:
+    """Each entry: sites to try in order, the joint one first, then those it was made of."""
+    by_pattern: dict[Pattern, list[Site]] = {}
+    for site in sites:
+        by_pattern.setdefault(site.matches[0].pattern, []).append(site)
+    groups = []
+    for pattern, own in by_pattern.items():
+        own.sort(key=lambda s: legality.position[s.outputs[0]])
+        site_of = {id(s.matches[0]): s for s in own}
+        matches = [s.matches[0] for s in own]
+        joined = _guarded(lambda p=pattern, m=matches: p.group(m), pattern, refused)
+        for group in joined if joined is not None else [(m,) for m in matches]:
+            singles = [site_of[id(m)] for m in group]
+            groups.append(singles)
+            if len(group) > 1:
+                try:
+                    groups[-1] = [legality.site(tuple(group)), *singles]
+                except Exception as error:  # a plugin's replacement may raise anything: its parts are tried alone
+                    log.debug("%s: not joined: %s", pattern.name, error)
+    return groups
+
+
+def _prove(legality: Legality, group: list[Site], proofs: Proofs, accepted: list, refused: dict) -> None:
+    joint = group[0] if len(group[0].matches) > 1 else None
+    if joint is not None:
+        proof = proofs.of(joint)
+        if proof is None or proof.passed:
+            accepted.append((joint, proof))
+            return
+        group = group[1:]
+    for site in group:
+        proof = proofs.of(site)
+        if proof is None or proof.passed:
+            accepted.append((site, proof))
+        else:
+            reason = f"verification: {proof.reason}"
+            log.warning("%s at %s stays as it was: %s", site.pattern, site.outputs[0].name, reason)
+            refused[site.pattern, site.matches[0].root] = Refusal(site.pattern, reason, site.outputs[0], 1.0)
+
+
+def _proof_key(site: Site) -> Any:
+    names = {node: f"%{i}" for i, node in enumerate(site.inputs)}
+    body = []
+    for node in site.covered:
+        names[node] = f"%{len(names)}"
+        body.append(f"{node.target}{_text(node.args, names)}{_text(dict(node.kwargs), names)}")
+    metas = tuple(tensor_meta(n) for n in site.inputs)
+    call = (site.call.fn, _text(site.call.args, names), _text(dict(site.call.kwargs), names))
+    outputs = tuple(names[n] for n in site.outputs)
+    return site.pattern, tuple(body), metas, call, outputs, site.outputs[0].meta.get("ambient")
+
+
+def _text(tree: Any, names: dict[fx.Node, str]) -> str:
+    if isinstance(tree, fx.Node):
+        return names.get(tree, tree.name)
+    if isinstance(tree, list | tuple):
+        return "(" + ",".join(_text(t, names) for t in tree) + ")"
+    if isinstance(tree, dict):
+        return "{" + ",".join(f"{k}:{_text(v, names)}" for k, v in sorted(tree.items())) + "}"
+    return repr(tree)

@@ -1,0 +1,43 @@
+"""Take a piece of a graph out as a GraphModule of its own, and run it in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+
+def extract(
+    inputs: tuple[fx.Node, ...], nodes: tuple[fx.Node, ...], outputs: tuple[fx.Node, ...], sizes: Mapping[int, int] = {}
+) -> fx.GraphModule:
+    """A module (inputs) -> tuple(outputs). Integer constants found in `sizes` are replaced in shape arguments."""
+    graph = fx.Graph()
+    new = {node: graph.placeholder(node.name) for node in inputs}
+    for node in nodes:
+        new[node] = graph.node_copy(node, lambda n: new[n])
+        if sizes and isinstance(node.target, torch._ops.OpOverload) and node.target.overloadpacket in _SHAPED:
+            new[node].args = pytree.tree_map(lambda a: sizes.get(a, a) if type(a) is int else a, new[node].args)
+    graph.output(tuple(new[n] for n in outputs))
+    return fx.GraphModule(torch.nn.Module(), graph)
+
+
+aten = torch.ops.aten
+_SHAPED = {aten.view, aten.reshape, aten.expand, aten.slice, aten.narrow, aten._unsafe_view, aten.unflatten}
+_LOW = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class Float64(fx.Interpreter):
+    """Runs a graph as mathematics: every cast to a narrower float type becomes one to float64."""
+
+    def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
+        args, kwargs = pytree.tree_map(lambda a: torch.float64 if _is_dtype(a) and a in _LOW else a, (args, kwargs))
+        if target in (aten.type_as.default, aten.to.other):
+            return args[0].to(torch.float64) if args[0].is_floating_point() else target(*args, **kwargs)
+        return super().call_function(target, args, kwargs)
+
+
+def _is_dtype(value: Any) -> bool:
+    return isinstance(value, torch.dtype)

@@ -1,0 +1,228 @@
+"""Prove a replacement on numbers before it is installed.
+
+For every output and every gradient, with truth in float64 on fresh inputs of the matched shapes, dtypes and strides:
+
+    ||new - truth|| <= 2 * ||old - truth|| + floor(dtype) * ||truth||
+
+NaN never passes. Long token dimensions are cut, so memory and time are bounded; a match is proven once per backend.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from rewriter.legality import Site
+from rewriter.meta import TensorMeta, tensor_meta
+from rewriter.subgraph import Float64, extract
+
+# Relative error that rounding alone explains, by the dtype of the compared tensor.
+FLOOR = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+MAX_TOKENS = 64  # rows along each token dimension that verification looks at
+MAX_ELEMENTS = 1 << 26  # of any one tensor in a verification that can't be cut
+SCALES = (1.0, 1e-3)  # magnitudes of the inputs: the second tells an epsilon from another
+
+
+@dataclass(frozen=True)
+class Check:
+    """Error norms, relative to the truth's, of one output or gradient, in the worst of the samples."""
+
+    what: str
+    dtype: str
+    old_error: float
+    new_error: float
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Outcome of one proof: its checks, or the reason why it could not be carried out."""
+
+    passed: bool
+    checks: tuple[Check, ...] = ()
+    reason: str = ""
+
+
+def verify(site: Site, seed: int = 0) -> Verification:
+    """Compare original and replacement on numbers. Runs in a thread of its own: fresh grad mode, autocast and hooks."""
+    box: list[Any] = []
+
+    def work() -> None:
+        try:
+            box.append(_verify(site, seed))
+        except Exception as error:  # whatever goes wrong in a proof, the site stays as it was
+            box.append(Verification(False, reason=f"{type(error).__name__}: {error}"))
+
+    # The caller may be inside checkpointing's saved-tensor hooks, autocast or a dispatch mode: all are thread-local.
+    thread = threading.Thread(target=work, name="rewriter-verify")
+    thread.start()
+    thread.join()
+    return box[0]
+
+
+def _verify(site: Site, seed: int) -> Verification:
+    plans = _plans([tensor_meta(n) for n in site.inputs])
+    failure = ""
+    for sizes in plans:
+        try:
+            checks: dict[str, Check] = {}
+            for scale in SCALES:
+                for check in _compare(site, sizes, scale, seed):
+                    worst = checks.get(check.what)
+                    if worst is None or (worst.passed, -worst.new_error) > (check.passed, -check.new_error):
+                        checks[check.what] = check
+            passed = all(c.passed for c in checks.values())
+            bad = [c for c in checks.values() if not c.passed]
+            reason = "" if passed else "; ".join(
+                f"{c.what}: error {c.new_error:.1e} where the original has {c.old_error:.1e}" for c in bad
+            )
+            return Verification(passed, tuple(checks.values()), reason)
+        except _Unrunnable as error:
+            failure = str(error)
+    return Verification(False, reason=f"could not be verified: {failure}")
+
+
+class _Unrunnable(Exception):
+    """The original can't run at these sizes."""
+
+
+def _plans(metas: list[TensorMeta]) -> list[dict[int, int]]:
+    """Ways to cut sizes, best first; the last one leaves them whole if that fits in memory."""
+    floats = [m for m in metas if m.dtype.is_floating_point]
+    main = max(floats, key=lambda m: (m.ndim, m.numel()), default=None)
+    whole = [{}] if max((m.numel() for m in metas), default=0) <= MAX_ELEMENTS else []
+    if main is None or main.ndim < 2:
+        return whole or [{}]
+    fixed = {m.shape[-1] for m in floats if m.ndim} | {s for m in metas if m.ndim <= 2 and m is not main for s in m.shape[1:]}
+    lead = [s for s in main.shape[:-1]]
+    cut: dict[int, int] = {}
+    for size in sorted({s for s in lead if s > MAX_TOKENS and s not in fixed}, reverse=True):
+        cut[size] = MAX_TOKENS
+    if not cut:
+        return whole or [{}]
+    for size, small in list(cut.items()):  # sizes derived from a cut one: shifted by one, flattened with the others
+        cut.setdefault(size - 1, small - 1)
+        others = math.prod(lead) // size
+        if others > 1:
+            cut.setdefault(size * others, small * others)
+            cut.setdefault((size - 1) * others, (small - 1) * others)
+    return [cut, *whole]
+
+
+def _compare(site: Site, sizes: dict[int, int], scale: float, seed: int) -> list[Check]:
+    generator = torch.Generator().manual_seed(seed)
+    match_of = {v.node: (m, name) for m in site.matches for name, v in m.tensors.items()}
+    samples = {}
+    for node in site.inputs:
+        match, name = match_of[node]
+        meta = tensor_meta(node)
+        shape = tuple(sizes.get(s, s) for s in meta.shape)
+        samples[node] = _sample(match.pattern.sample(match, name, shape, generator), meta, shape, scale, generator)
+    original = extract(site.inputs, site.covered, site.outputs, sizes)
+    ambient = site.outputs[0].meta.get("ambient") or (True, ())
+    differentiable = [n for n in site.inputs if tensor_meta(n).requires_grad] if ambient[0] else []
+
+    def old(values: dict[fx.Node, torch.Tensor]) -> Any:
+        return original(*(values[n] for n in site.inputs))
+
+    def truth(values: dict[fx.Node, torch.Tensor]) -> Any:
+        return Float64(original).run(*(values[n] for n in site.inputs))
+
+    def new(values: dict[fx.Node, torch.Tensor]) -> Any:
+        args, kwargs = pytree.tree_map_only(fx.Node, values.__getitem__, (site.call.args, dict(site.call.kwargs)))
+        return site.call.fn(*args, **kwargs)
+
+    exact = {n: s.double() if s.is_floating_point() else s for n, s in samples.items()}
+    try:
+        with _autocast(ambient[1], samples):
+            expected, upstream = _run(old, samples, differentiable, None, generator)
+        with _autocast((), samples):
+            true, _ = _run(truth, exact, differentiable, upstream, generator)
+    except Exception as error:
+        raise _Unrunnable(f"{type(error).__name__}: {error}") from error
+    with _autocast(ambient[1], samples):
+        got, _ = _run(new, samples, differentiable, upstream, generator)
+    names = [f"output {i}" for i in range(len(site.outputs))]
+    names += [f"gradient of {match_of[n][1]}" for n in differentiable]
+    return [_check(*row) for row in zip(names, got, expected, true, strict=True)]
+
+
+def _run(
+    function: Callable, samples: dict, differentiable: list, upstream: list | None, generator: torch.Generator
+) -> tuple[list, list]:
+    """Outputs and gradients of `function`; a fresh upstream gradient where none is given."""
+    leaves = {n: s.detach().requires_grad_(n in differentiable) for n, s in samples.items()}
+    with torch.enable_grad():
+        results = function(leaves)
+        results = list(results) if isinstance(results, tuple | list) else [results]
+        if upstream is None:
+            upstream = [torch.randn(r.shape, generator=generator, dtype=torch.float64).to(r.device) for r in results]
+        gradients: list = []
+        if differentiable:
+            live = [(r, u.to(r.dtype)) for r, u in zip(results, upstream, strict=True) if r.requires_grad]
+            gradients = list(
+                torch.autograd.grad(
+                    [r for r, _ in live], [leaves[n] for n in differentiable], [u for _, u in live], allow_unused=True
+                )
+            )
+    return [r.detach() for r in results] + gradients, upstream
+
+
+def _check(what: str, new: torch.Tensor | None, old: torch.Tensor | None, truth: torch.Tensor | None) -> Check:
+    if new is None or old is None or truth is None:
+        return Check(what, "", 0.0, math.inf, new is None and old is None)
+    if new.shape != old.shape or new.dtype != old.dtype:
+        return Check(what, str(old.dtype), 0.0, math.inf, False)
+    truth = truth.double()
+    size = torch.linalg.vector_norm(truth).item()
+    old_error, new_error = (torch.linalg.vector_norm(t.double() - truth).item() for t in (old, new))
+    limit = 2 * old_error + FLOOR.get(new.dtype, 0.0) * size
+    passed = bool(new_error <= limit)  # False for NaN
+    return Check(what, str(new.dtype).removeprefix("torch."), old_error / (size or 1), new_error / (size or 1), passed)
+
+
+def _sample(
+    given: Any, meta: TensorMeta, shape: tuple[int, ...], scale: float, generator: torch.Generator
+) -> torch.Tensor:
+    """A tensor of the matched dtype and memory order; expanded dimensions stay expanded."""
+    expanded = [s == 0 and n > 1 for s, n in zip(meta.stride, meta.shape, strict=True)]
+    if given is None:
+        base = [1 if e else n for e, n in zip(expanded, shape, strict=True)]
+        if meta.dtype.is_floating_point:
+            given = torch.randn(base, generator=generator, dtype=torch.float64)
+            if meta.ndim > 1:
+                given = given * scale
+        else:
+            given = torch.randint(0, 2, base, generator=generator)
+        given = given.expand(shape)
+    order = sorted(range(meta.ndim), key=lambda d: -meta.stride[d])
+    given = given.to(meta.dtype)
+    if not any(expanded):
+        dense = given.permute(order).contiguous()
+        inverse = [order.index(d) for d in range(meta.ndim)]
+        given = dense.permute(inverse) if meta.ndim else given
+    return given.to(meta.device)
+
+
+class _autocast:
+    """Exactly these (device type, dtype) autocasts, for every device type involved."""
+
+    def __init__(self, enabled: tuple, samples: dict):
+        kinds = {s.device.type for s in samples.values()} | {"cpu"}
+        dtypes = dict(enabled)
+        self._contexts = [torch.autocast(k, dtype=dtypes.get(k), enabled=k in dtypes) for k in sorted(kinds)]
+
+    def __enter__(self) -> None:
+        for context in self._contexts:
+            context.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        for context in reversed(self._contexts):
+            context.__exit__(*error)

@@ -1,0 +1,96 @@
+"""GLU's reference operators against eager PyTorch and float64."""
+
+import pytest
+import torch
+from numerics import BEHAVIOURS, EAGER_ACTIVATIONS, compare, eager_glu, strided
+
+from rewriter.kernels.glu import ACTIVATIONS, glu, glu_packed
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def both(activation):
+    return lambda g, u: glu(g, u, activation=activation), lambda g, u: eager_glu(g, u, activation)
+
+
+def both_packed(activation, gate_first=True):
+    def eager(x):
+        first, second = x.chunk(2, -1)
+        return eager_glu(first, second, activation) if gate_first else eager_glu(second, first, activation)
+
+    return lambda x: glu_packed(x, activation=activation, gate_first=gate_first), eager
+
+
+def test_every_activation_is_tested():
+    assert set(ACTIVATIONS) == set(EAGER_ACTIVATIONS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_numbers(dtype, activation):
+    compare(*both(activation), [strided(3, 5, 33, dtype=dtype), strided(3, 5, 33, dtype=dtype, seed=2)])
+    compare(*both_packed(activation), [strided(3, 5, 66, dtype=dtype)])
+
+
+@pytest.mark.parametrize("kind", ["dense", "expanded", "strided"])
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (0, 2, 1)])
+def test_layouts(order, kind):
+    compare(*both("silu"), [strided(3, 4, 8, order=order), strided(3, 4, 8, seed=2)], kind=kind)
+    compare(*both_packed("gelu", gate_first=False), [strided(3, 4, 8, order=order)], kind=kind)
+
+
+def test_slices_of_one_tensor():
+    x = strided(2, 5, 24, grad=False)
+    compare(*both("silu"), [x[..., :8].requires_grad_(), x[..., 16:].requires_grad_()])
+
+
+def test_mixed_dtypes_promote():
+    gate, up = strided(4, 8, dtype=torch.bfloat16), strided(4, 8, seed=2)
+    compare(*both("silu"), [gate, up], dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_extreme_values(activation):
+    """Far from 0 nothing overflows: values and gradients stay what eager gives."""
+    gate = torch.tensor([[-1e4, -90.0, -20.0, -1e-4, 0.0, 1e-4, 20.0, 90.0, 1e4]]).requires_grad_()
+    compare(*both(activation), [gate, torch.ones_like(gate).requires_grad_()])
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0), (8,)])
+def test_small_shapes(shape):
+    compare(*both("silu"), [strided(*shape), strided(*shape, seed=2)])
+    compare(*both_packed("silu"), [strided(*shape)])
+
+
+def test_autocast():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        compare(*both("silu"), [strided(4, 8), strided(4, 8, seed=2)])
+
+
+@pytest.mark.parametrize("behaviour", BEHAVIOURS)
+def test_behaviour(behaviour):
+    behaviour(lambda g, u: glu(g, u, activation="silu"), lambda n: [strided(2, n, 16), strided(2, n, 16, seed=2)])
+
+
+@pytest.mark.parametrize("behaviour", BEHAVIOURS)
+def test_behaviour_packed(behaviour):
+    behaviour(lambda x: glu_packed(x, activation="gelu_tanh"), lambda n: [strided(2, n, 16)])
+
+
+def test_operators_are_well_defined():
+    g, u, dy = (strided(3, 8, grad=False, seed=s) for s in range(3))
+    x = strided(3, 16, grad=False)
+    ops = torch.ops.rewriter
+    torch.library.opcheck(ops.glu_forward, (g, u, "silu"))
+    torch.library.opcheck(ops.glu_backward, (dy, g, u, "silu", True, False))
+    torch.library.opcheck(ops.glu_packed_forward, (x, "silu", True))
+    torch.library.opcheck(ops.glu_packed_backward, (dy, x, "silu", False))
+
+
+def test_wrong_arguments_are_named():
+    with pytest.raises(ValueError, match="silu, gelu"):
+        glu(torch.zeros(2, 4), torch.zeros(2, 4), activation="swish")
+    with pytest.raises(ValueError, match="same shape"):
+        glu(torch.zeros(2, 4), torch.zeros(4), activation="silu")
+    with pytest.raises(ValueError, match="even"):
+        glu_packed(torch.zeros(2, 5), activation="silu")

@@ -1,0 +1,150 @@
+"""Linear cross entropy's reference operator against eager PyTorch and float64."""
+
+import pytest
+import torch
+from numerics import BEHAVIOURS, compare, eager_linear_cross_entropy, strided
+
+from rewriter.kernels.linear_cross_entropy import default_chunk, linear_cross_entropy
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+OPTIONS = [
+    {},
+    {"label_smoothing": 0.1},
+    {"softcap": 3.0, "scale": 0.7},
+    {"softcap": 2.0, "label_smoothing": 0.2, "out_dtype": torch.float32},
+]
+
+
+def both(**options):
+    return (
+        lambda x, w, t, b=None: linear_cross_entropy(x, w, t, bias=b, **options),
+        lambda x, w, t, b=None: eager_linear_cross_entropy(x, w, t, b, **options),
+    )
+
+
+def inputs(rows=(3, 7), width=16, classes=37, dtype=torch.float32, bias=True, ignored=5, seed=0):
+    rows = rows if isinstance(rows, tuple) else (rows,)
+    target = torch.randint(0, classes, rows, generator=torch.Generator().manual_seed(seed))
+    target.view(-1)[1 : 1 + ignored] = -100
+    x, w = strided(*rows, width, dtype=dtype, seed=seed), strided(classes, width, dtype=dtype, seed=seed + 1)
+    return [x, w, target, *([strided(classes, dtype=dtype, seed=seed + 2)] if bias else [])]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_numbers(dtype, reduction, options):
+    options = {k: v for k, v in options.items() if k != "out_dtype" or dtype is not torch.float64}
+    compare(*both(reduction=reduction, chunk_tokens=8, **options), inputs(dtype=dtype))
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 5, 21, 64])
+@pytest.mark.parametrize("kind", ["dense", "expanded"])
+def test_chunks(chunk, kind):
+    for reduction in ("mean", "none"):
+        compare(*both(chunk_tokens=chunk, reduction=reduction), inputs(bias=False), kind=kind)
+
+
+def test_strided_operands():
+    hidden = strided(3, 8, 16, grad=False)[:, :-1].requires_grad_()
+    _, _, target = inputs(bias=False)
+    compare(*both(chunk_tokens=8), [hidden, strided(37, 16, order=(1, 0)), target.t().contiguous().t()])
+
+
+def test_ignore_index():
+    x, w, target, b = inputs(ignored=0)
+    compare(*both(ignore_index=3, chunk_tokens=8), [x, w, target % 5, b])
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_all_rows_ignored(label_smoothing):
+    x, w, target = inputs(bias=False)
+    target.fill_(-100)
+    loss = linear_cross_entropy(x, w, target, label_smoothing=label_smoothing)
+    assert loss.isnan()
+    assert all(g.eq(0).all() for g in torch.autograd.grad(loss, (x, w)))
+
+
+def test_no_rows():
+    x, w, target, b = inputs(rows=(0, 4), ignored=0)
+    loss = linear_cross_entropy(x, w, target, bias=b, reduction="sum")
+    assert loss == 0
+    assert all(g.eq(0).all() for g in torch.autograd.grad(loss, (x, w, b)))
+    assert linear_cross_entropy(x, w, target, bias=b).isnan()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_matmul_dtype_is_what_autocast_does(reduction, dtype):
+    new, _ = both(reduction=reduction, matmul_dtype=dtype, chunk_tokens=8)
+    _, eager = both(reduction=reduction)
+
+    def old(x, w, t, b):
+        with torch.autocast("cpu", dtype=dtype):
+            return eager(x, w, t, b)
+
+    compare(new, old, inputs(), truth=eager, dtype=dtype)
+
+
+def test_ambient_autocast_changes_nothing():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        new = linear_cross_entropy(*inputs(bias=False))
+    assert torch.equal(new, linear_cross_entropy(*inputs(bias=False)))
+
+
+def test_float16_gradients_survive_a_large_mean():
+    """With a loss scale, as GradScaler sets it, gradients below float16's range come out scaled, not zero."""
+    x, w, target = inputs(rows=4096, width=8, classes=11, dtype=torch.float16, bias=False)
+    compare(*(lambda *t, f=f: f(*t).float() * 1024 for f in both(chunk_tokens=512)), [x, w, target])
+
+
+def test_chunk_is_a_function_of_shapes():
+    assert default_chunk(8192, 151936) == 512
+    assert default_chunk(8192, 128256) == 1024
+    assert default_chunk(8192, 32000) == 4096
+    assert default_chunk(8191, 128256) == 1024
+    assert default_chunk(10, 151936) == 10
+    assert default_chunk(1, 1) == default_chunk(0, 7) == 1
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("behaviour", BEHAVIOURS)
+def test_behaviour(behaviour, reduction):
+    new, _ = both(reduction=reduction, chunk_tokens=4)
+    behaviour(new, lambda n: inputs(rows=(2, n), ignored=2))
+
+
+def test_memory_is_bounded_by_the_chunk(monkeypatch):
+    """No tensor of [rows, V] is made: the largest one has chunk * V elements, or is a gradient."""
+    rows, width, classes, chunk = 96, 8, 640, 8
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            out = function(*args, **(kwargs or {}))
+            for t in out if isinstance(out, (tuple, list)) else [out]:
+                largest = max(largest, t.untyped_storage().nbytes() if isinstance(t, torch.Tensor) else 0)
+            return out
+
+    arguments = inputs(rows=rows, width=width, classes=classes)
+    with Watch():
+        linear_cross_entropy(*arguments[:3], bias=arguments[3], chunk_tokens=chunk).backward()
+    assert 0 < largest < rows * classes * 4
+
+
+def test_operators_are_well_defined():
+    x, w, target, b = (t.detach() for t in inputs())
+    options = (-100, 0.1, 1.0, None, None, 8)
+    torch.library.opcheck(torch.ops.rewriter.linear_cross_entropy, (x, w, target, b, None, *options, True, True, False))
+    torch.library.opcheck(torch.ops.rewriter.scaled, (x, torch.tensor(2.0), torch.bfloat16))
+
+
+def test_wrong_arguments_are_named():
+    x, w, target = inputs(bias=False)
+    with pytest.raises(ValueError, match="mean, sum or none"):
+        linear_cross_entropy(x, w, target, reduction="avg")
+    with pytest.raises(ValueError, match="20 elements for 21 rows"):
+        linear_cross_entropy(x, w, target.flatten()[:-1])
+    with pytest.raises(ValueError, match="label_smoothing"):
+        linear_cross_entropy(x, w, target, label_smoothing=2.0)

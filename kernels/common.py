@@ -1,10 +1,11 @@
 """What the kernel families share: optional Triton, operator registration and the layout of rows in memory.
 
-Every family works on *rows*: the last dimension is contiguous, the others are collapsed to at most two levels of strides,
-so a transposed view or a slice of a packed projection is read where it lies instead of being copied.
+Every family works on *rows*: the last dimension is contiguous, the others are collapsed to at most two levels of
+strides, so a transposed view or a slice of a packed projection is read where it lies instead of being copied.
 """
 
 import contextlib
+import inspect
 import os
 
 import torch
@@ -13,7 +14,6 @@ try:
     import triton
     import triton.language as tl
 except ImportError:  # no Triton for this platform: the PyTorch references do the work
-
     triton = None
 
     class tl:
@@ -25,8 +25,15 @@ LIBRARY = torch.library.Library("rewriter", "FRAGMENT")
 
 
 def jit(function):
-    """`triton.jit` where Triton exists, so that a module with kernels can be imported anywhere."""
-    return function if triton is None else triton.jit(function)
+    """`triton.jit` where Triton exists, so that a module with kernels can be imported anywhere.
+
+    Numbers of rows change from batch to batch: a kernel is not compiled anew where one is 1 or divisible by 16.
+    """
+    if triton is None:
+        return function
+    counts = ("count", "inner", "programs", "size_1", "size_2")
+    names = [name for name in inspect.signature(function).parameters if name.endswith(counts)]
+    return triton.jit(function, do_not_specialize=names)
 
 
 def use_triton(x):
@@ -93,7 +100,7 @@ def memory_order(x):
 
 
 def collapse(sizes, *strides):
-    """Merge neighbouring dimensions wherever all `strides` allow: list of [size, stride, stride, ...], outermost first."""
+    """Merge neighbouring dimensions where all `strides` allow: list of [size, stride, stride, ...], outermost first."""
     merged = []
     for size, *steps in zip(sizes, *strides, strict=True):
         if size == 1:
@@ -106,7 +113,7 @@ def collapse(sizes, *strides):
 
 
 def rows(x, order):
-    """Read `x` as rows in `order`: (tensor, inner, outer_stride, inner_stride) for `row_start`; copies only if it must."""
+    """`x` as rows in `order`: (tensor, inner, outer_stride, inner_stride) for `row_start`; copies only if it must."""
     x = x.permute(order)
     levels = collapse(x.shape[:-1], x.stride()[:-1])
     if len(levels) > 2 or (x.shape[-1] > 1 and x.stride(-1) != 1):
@@ -123,7 +130,7 @@ def row_start(row, inner, outer_stride, inner_stride):
 
 
 class Output:
-    """Lets a kernel write `tensor`, freshly made, as dense rows in `order`: through a buffer only if it is not laid out so."""
+    """A new tensor that a kernel writes as dense rows in `order`: through a buffer only if it is not laid out so."""
 
     def __init__(self, tensor, order):
         self.tensor = tensor
@@ -138,7 +145,7 @@ class Output:
 
 @jit
 def tanh(x):
-    """tanh: Lambert's continued fraction, cut after 13, near 0 (relative error < 1e-16); the exponential form elsewhere."""
+    """Lambert's continued fraction, cut after 13, near 0 (relative error < 1e-16); the exponential form elsewhere."""
     s = x * x
     near = x * (135135 + s * (17325 + s * (378 + s))) / (135135 + s * (62370 + s * (3150 + s * 28)))
     far = 1 - 2 / (1 + tl.exp(2 * tl.abs(x)))

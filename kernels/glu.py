@@ -5,11 +5,10 @@
 Saves only its inputs; backward recomputes the activation.
 """
 
-import math
-
 import torch
 from torch.autograd.function import once_differentiable
 
+from .activations import ACTIVATIONS, derivative, value
 from .common import (
     Output,
     ceil_div,
@@ -21,63 +20,11 @@ from .common import (
     register,
     row_start,
     rows,
-    tanh,
     tile,
     tl,
     triton_dtype,
     use_triton,
 )
-
-_SQRT_HALF = math.sqrt(0.5)
-_NORMAL = 1 / math.sqrt(2 * math.pi)
-_GELU = math.sqrt(2 / math.pi)
-_CUBIC = 0.044715
-
-
-def _silu(x):
-    s = torch.sigmoid(x)
-    return x * s, s * (1 + x * (1 - s))
-
-
-def _gelu(x):
-    phi = 0.5 * (1 + torch.erf(x * _SQRT_HALF))
-    return x * phi, phi + x * _NORMAL * torch.exp(-0.5 * x * x)
-
-
-def _gelu_tanh(x):
-    t = torch.tanh(_GELU * (x + _CUBIC * x * x * x))
-    return 0.5 * x * (1 + t), 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * _GELU * (1 + 3 * _CUBIC * x * x)
-
-
-def _relu(x):
-    return torch.relu(x), (x > 0).to(x.dtype)
-
-
-def _relu2(x):
-    r = torch.relu(x)
-    return r * r, 2 * r
-
-
-def _sigmoid(x):
-    s = torch.sigmoid(x)
-    return s, s * (1 - s)
-
-
-def _tanh(x):
-    t = torch.tanh(x)
-    return t, 1 - t * t
-
-
-# name -> function x -> (value, derivative); `_value` and `_derivative` below say the same in Triton
-ACTIVATIONS = {
-    "silu": _silu,
-    "gelu": _gelu,
-    "gelu_tanh": _gelu_tanh,
-    "relu": _relu,
-    "relu2": _relu2,
-    "sigmoid": _sigmoid,
-    "tanh": _tanh,
-}
 
 
 def glu(gate, up, *, activation):
@@ -176,11 +123,11 @@ def _backward_fake(dy, gate, up, activation, need_gate, need_up):
 def _backward_reference(dy, gate, up, activation, dgate, dup):
     with no_autocast(gate):
         compute = compute_dtype(gate, up)
-        value, derivative = ACTIVATIONS[activation](gate.to(compute))
+        act, slope = ACTIVATIONS[activation](gate.to(compute))
         if dgate is not None:
-            dgate.copy_(dy.to(compute) * up.to(compute) * derivative)
+            dgate.copy_(dy.to(compute) * up.to(compute) * slope)
         if dup is not None:
-            dup.copy_(dy.to(compute) * value)
+            dup.copy_(dy.to(compute) * act)
 
 
 def _packed_forward(x, activation, gate_first):
@@ -208,48 +155,6 @@ def _packed_backward_fake(dy, x, activation, gate_first):
 
 
 @jit
-def _value(x, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "silu":
-        return x * tl.sigmoid(x)
-    elif ACTIVATION == "gelu":
-        return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
-    elif ACTIVATION == "gelu_tanh":
-        return 0.5 * x * (1 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
-    elif ACTIVATION == "relu":
-        return tl.where(x < 0, 0.0, x)
-    elif ACTIVATION == "relu2":
-        return tl.where(x < 0, 0.0, x * x)
-    elif ACTIVATION == "sigmoid":
-        return tl.sigmoid(x)
-    else:
-        tl.static_assert(ACTIVATION == "tanh")
-        return tanh(x)
-
-
-@jit
-def _derivative(x, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "silu":
-        s = tl.sigmoid(x)
-        return s * (1 + x * (1 - s))
-    elif ACTIVATION == "gelu":
-        return 0.5 * (1 + tl.erf(x * 0.7071067811865476)) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
-    elif ACTIVATION == "gelu_tanh":
-        t = tanh(0.7978845608028654 * (x + 0.044715 * x * x * x))
-        return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * 0.7978845608028654 * (1 + 0.134145 * x * x)
-    elif ACTIVATION == "relu":
-        return tl.where(x > 0, 1.0, tl.where(x == x, 0.0, x))
-    elif ACTIVATION == "relu2":
-        return tl.where(x < 0, 0.0, 2 * x)
-    elif ACTIVATION == "sigmoid":
-        s = tl.sigmoid(x)
-        return s * (1 - s)
-    else:
-        tl.static_assert(ACTIVATION == "tanh")
-        t = tanh(x)
-        return 1 - t * t
-
-
-@jit
 def _forward_kernel(
     G, U, Y, count, width, g_inner, g_outer, g_step, u_inner, u_outer, u_step,
     ACTIVATION: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -260,13 +165,13 @@ def _forward_kernel(
     mask = (row < count)[:, None] & (column < width)
     g = tl.load(G + row_start(row, g_inner, g_outer, g_step)[:, None] + column, mask=mask, other=0.0).to(ACC)
     u = tl.load(U + row_start(row, u_inner, u_outer, u_step)[:, None] + column, mask=mask, other=0.0).to(ACC)
-    tl.store(Y + (row.to(tl.int64) * width)[:, None] + column, _value(g, ACTIVATION) * u, mask=mask)
+    tl.store(Y + (row.to(tl.int64) * width)[:, None] + column, value(g, ACTIVATION) * u, mask=mask)
 
 
 @jit
 def _backward_kernel(
-    DY, G, U, DG, DU, count, width, y_inner, y_outer, y_step, g_inner, g_outer, g_step, u_inner, u_outer, u_step, d_step,
-    NEED_GATE: tl.constexpr, NEED_UP: tl.constexpr, ACTIVATION: tl.constexpr, ACC: tl.constexpr,
+    DY, G, U, DG, DU, count, width, y_inner, y_outer, y_step, g_inner, g_outer, g_step, u_inner, u_outer, u_step,
+    d_step, NEED_GATE: tl.constexpr, NEED_UP: tl.constexpr, ACTIVATION: tl.constexpr, ACC: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Tiles as in forward; rows of DG and DU are d_step apart (2 * width where both lie in one packed gradient)."""
@@ -278,9 +183,9 @@ def _backward_kernel(
     g = tl.load(G + row_start(row, g_inner, g_outer, g_step)[:, None] + column, mask=mask, other=0.0).to(ACC)
     if NEED_GATE:
         u = tl.load(U + row_start(row, u_inner, u_outer, u_step)[:, None] + column, mask=mask, other=0.0).to(ACC)
-        tl.store(DG + out, dy * u * _derivative(g, ACTIVATION), mask=mask)
+        tl.store(DG + out, dy * u * derivative(g, ACTIVATION), mask=mask)
     if NEED_UP:
-        tl.store(DU + out, dy * _value(g, ACTIVATION), mask=mask)
+        tl.store(DU + out, dy * value(g, ACTIVATION), mask=mask)
 
 
 def _grid(count, width):

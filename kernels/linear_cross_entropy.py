@@ -1,21 +1,20 @@
 """Linear layer and cross entropy together, in chunks of tokens, so that all logits never exist at once.
 
     z    = softcap(scale * (x W^T + b)),  softcap(z) = c tanh(z / c)
-    loss = (1 - s) (lse(z) - z[target]) + s (lse(z) - mean(z)),  lse = log sum exp over the V classes, s = label_smoothing
+    loss = (1 - s) (lse(z) - z[target]) + s (lse(z) - mean(z)),  lse = log sum exp over the V classes, s = smoothing
 
 A chunk's logits are overwritten by their gradient for an upstream gradient of 1,
 
     dz = softmax(z) - (1 - s) onehot(target) - s / V,  times (1 - (z/c)^2) scale for the cap and the scale,
 
-from which the chunk's dX = dz W and dW += dz^T X follow at once: nothing of size [tokens, V] is kept. The mean's divisor
-and the upstream gradient are applied in backward, which also keeps float16 gradients in range.
+from which the chunk's dX = dz W and dW += dz^T X follow at once: nothing of size [tokens, V] is kept. The mean's
+divisor and the upstream gradient are applied in backward, which also keeps float16 gradients in range.
 """
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from .common import (
-    INTERPRET,
     ceil_div,
     compute_dtype,
     jit,
@@ -36,7 +35,7 @@ def linear_cross_entropy(
 ):  # fmt: skip
     """Cross entropy of `x @ weight.T + bias` against class indices, as torch.nn.functional.cross_entropy defines it.
 
-    x: [..., D]. weight: [V, D]. bias: [V] or None. target: integers, as many as x has rows; ignore_index rows count nothing.
+    x: [..., D]. weight: [V, D]. bias: [V] or None. target: integers, one for each row of x.
     matmul_dtype: cast operands of the matrix products to it (what autocast does); logits are rounded to that dtype, all
     that follows is float32 (float64 for float64). scale, softcap: applied to the logits in that order.
     reduction: "mean" over rows not ignored (NaN if there is none), "sum", or "none" (returns [rows], 0 where ignored).
@@ -52,7 +51,8 @@ def linear_cross_entropy(
         raise ValueError(f"target has {target.numel()} elements for {rows} rows of x")
     grad = torch.is_grad_enabled()
     needs = [grad and t is not None and t.requires_grad for t in (x, weight, bias)]
-    options = (ignore_index, float(label_smoothing), float(scale), softcap and float(softcap), matmul_dtype, chunk_tokens)
+    softcap = float(softcap) if softcap else None
+    options = (ignore_index, float(label_smoothing), float(scale), softcap, matmul_dtype, chunk_tokens)
     return _LinearCrossEntropy.apply(x, weight, target, bias, reduction, out_dtype or x.dtype, options, needs)
 
 
@@ -95,7 +95,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def default_chunk(rows, classes):
-    """Rows per chunk: about 2^27 logits (256 MiB in bfloat16) but at least 512 rows, evenly split; a function of shapes only."""
+    """Rows per chunk, from shapes alone: up to 2^27 logits (256 MiB in bfloat16), at least 512 rows, evenly split."""
     most = max(512, next_power_of_2(max((1 << 27) // max(classes, 1), 1) + 1) // 2)
     even = ceil_div(rows, ceil_div(rows, most)) if rows else 1
     return min(ceil_div(even, 64) * 64, max(rows, 1))
@@ -125,8 +125,10 @@ def _implementation(
 ):  # fmt: skip
     need_any = need_dx or need_dweight or need_dbias
     options = (ignore_index, label_smoothing, scale, softcap or 0.0, need_any)
-    outputs = _fake(x, weight, target, bias, upstream, *options[:3], None, None, None, need_dx, need_dweight, need_dbias)
-    losses, dx, dweight, dbias = outputs
+    losses, dx, dweight, dbias = _fake(
+        x, weight, target, bias, upstream, *options[:3], softcap, matmul_dtype, chunk_tokens,
+        need_dx, need_dweight, need_dbias,
+    )  # fmt: skip
     (classes, width), rows = weight.shape, target.numel()
     dtype = matmul_dtype or x.dtype
     compute = losses.dtype
@@ -136,7 +138,7 @@ def _implementation(
     w = weight.to(dtype)
     b = bias if bias is None else bias.to(dtype)
     upstream = upstream if upstream is None else upstream.reshape(rows).contiguous()
-    # rows of logits start at multiples of 128 bytes: an odd number of classes would make every access unaligned
+    # rows of logits are padded: with an odd number of classes every access would be unaligned
     buffer = x.new_empty(min(chunk, rows), ceil_div(classes, 64) * 64, dtype=dtype)[:, :classes]
     weight_sum = dweight if dweight.dtype is compute or rows <= chunk else torch.empty_like(dweight, dtype=compute)
     bias_sum = torch.zeros_like(dbias, dtype=compute)
@@ -194,7 +196,7 @@ def _rows(logits, target, upstream, losses, ignore_index, label_smoothing, scale
     loss = (1 - label_smoothing) * (lse - z.gather(1, index).squeeze(1)) + label_smoothing * (lse - z.mean(1))
     losses.copy_(torch.where(keep, loss, 0))
     if need_grad:
-        dz = z.sub_(lse.unsqueeze(1)).exp_().sub_(label_smoothing / z.shape[1])
+        dz = z.softmax(1).sub_(label_smoothing / z.shape[1])
         dz.scatter_add_(1, index, torch.full_like(index, label_smoothing - 1, dtype=dz.dtype))
         dz *= scale if upstream is None else upstream.unsqueeze(1) * scale
         if softcap:
@@ -203,9 +205,9 @@ def _rows(logits, target, upstream, losses, ignore_index, label_smoothing, scale
 
 
 @jit
-def _logit(Z, column, width, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ACC: tl.constexpr):
-    """(z, derivative of z by the stored logit) of a block; z = -inf outside the row."""
-    z = tl.load(Z + column, mask=column < width, other=0.0).to(ACC) * SCALE
+def _logit(Z, column, width, stride, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ACC: tl.constexpr):
+    """(z, derivative of z by the stored logit) of a block; z = -inf beyond the classes."""
+    z = tl.load(Z + column, mask=column < stride, other=0.0).to(ACC) * SCALE
     derivative = tl.full(z.shape, SCALE, ACC)
     if SOFTCAP != 0.0:
         t = tanh(z / SOFTCAP)
@@ -220,7 +222,11 @@ def _rows_kernel(
     IGNORE: tl.constexpr, SMOOTHING: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, UPSTREAM: tl.constexpr,
     GRAD: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row a program: log-sum-exp and loss in one pass, the gradient in place of the logits in a second one."""
+    """One row a program: log-sum-exp and loss in one pass, the gradient in place of the logits in a second one.
+
+    LOGITS: [rows, stride], of which the first `width` columns are classes and the rest padding that may be overwritten:
+    masks that end at a multiple of 16 keep loads and stores wide.
+    """
     row = tl.program_id(0)
     Z = LOGITS + row.to(tl.int64) * stride
     target = tl.load(TARGET + row)
@@ -229,7 +235,7 @@ def _rows_kernel(
         tl.store(LOSS + row, 0.0)
         if GRAD:
             for start in range(0, width, BLOCK):
-                tl.store(Z + start + block, tl.zeros([BLOCK], ACC), mask=start + block < width)
+                tl.store(Z + start + block, tl.zeros([BLOCK], ACC), mask=start + block < stride)
     else:
         known = (target >= 0) & (target < width)
         z_target = tl.load(Z + target, mask=known, other=float("nan")).to(ACC) * SCALE
@@ -239,28 +245,32 @@ def _rows_kernel(
         exponentials = tl.full([], 0.0, ACC)
         total = tl.full([], 0.0, ACC)
         for start in range(0, width, BLOCK):
-            z, _ = _logit(Z, start + block, width, SCALE, SOFTCAP, ACC)
+            z, _ = _logit(Z, start + block, width, stride, SCALE, SOFTCAP, ACC)
             new_largest = tl.maximum(largest, tl.max(z, 0))
             exponentials = exponentials * tl.exp(largest - new_largest) + tl.sum(tl.exp(z - new_largest), 0)
             largest = new_largest
             if SMOOTHING != 0.0:
                 total += tl.sum(tl.where(start + block < width, z, 0.0), 0)
-        lse = largest + tl.log(exponentials)
-        loss = lse - z_target
+        # the maximum and the logarithm stay apart: their sum would round away what a small probability is made of
+        log_sum = tl.log(exponentials)
+        loss = (largest - z_target) + log_sum
         if SMOOTHING != 0.0:
-            loss = (1 - SMOOTHING) * loss + SMOOTHING * (lse - total / width)
+            loss = (1 - SMOOTHING) * loss + SMOOTHING * ((largest - total / width) + log_sum)
         tl.store(LOSS + row, loss)
         if GRAD:
+            inverse = 1 / exponentials
+            share = tl.full([], SMOOTHING, ACC) / width
+            confidence = tl.full([BLOCK], 1 - SMOOTHING, ACC)
             for start in range(0, width, BLOCK):
                 column = start + block
-                z, derivative = _logit(Z, column, width, SCALE, SOFTCAP, ACC)
-                dz = tl.exp(z - lse) - tl.where(column == target, 1.0 - SMOOTHING, 0.0)
+                z, derivative = _logit(Z, column, width, stride, SCALE, SOFTCAP, ACC)
+                dz = tl.exp(z - largest) * inverse - tl.where(column == target, confidence, 0.0)
                 if SMOOTHING != 0.0:
-                    dz -= SMOOTHING / width
+                    dz -= share
                 dz *= derivative
                 if UPSTREAM:
                     dz *= tl.load(UPSTREAM_GRAD + row)
-                tl.store(Z + column, dz, mask=column < width)
+                tl.store(Z + column, dz, mask=column < stride)
 
 
 @jit
@@ -271,11 +281,11 @@ def _scale_kernel(X, FACTOR, Y, count, BLOCK: tl.constexpr):
 
 
 def _scale(x, factor, dtype):
-    """x * factor (a 0-d tensor) computed in factor's dtype, without a full-size copy of x in that dtype on an accelerator."""
+    """x * factor (a 0-d tensor) computed in factor's dtype; the kernel makes no copy of x in that dtype."""
     if not use_triton(x):
         return (x.to(factor.dtype) * factor).to(dtype)
     y = _scale_fake(x, factor, dtype)
-    BLOCK = 128 if INTERPRET else 4096
+    BLOCK = 4096
     with on_device(x):
         if x.numel():
             _scale_kernel[(ceil_div(x.numel(), BLOCK),)](x.contiguous(), factor, y, x.numel(), BLOCK=BLOCK, num_warps=8)

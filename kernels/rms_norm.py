@@ -41,7 +41,7 @@ def rms_norm(x, weight, eps, *, offset=0.0, round_before_weight=False, out_dtype
     Gradients: x in x.dtype, weight in weight.dtype. Saves x, weight and one number a row.
     """
     if weight is not None and weight.shape != x.shape[-1:]:
-        raise ValueError(f"weight must have shape [{x.shape[-1]}], the last dimension of x; it has {list(weight.shape)}")
+        raise ValueError(f"weight must have shape [{x.shape[-1]}], as x's last dimension, not {list(weight.shape)}")
     return _RMSNorm.apply(x, weight, float(eps), float(offset), round_before_weight, out_dtype or x.dtype)
 
 

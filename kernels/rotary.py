@@ -35,9 +35,9 @@ def rotary(q, k, cos, sin, *, interleaved=False):
     """Rotate q and k, computed in float32 (float64 for float64 inputs) with one rounding at the end.
 
     q, k: [..., D] with D even, any strides, usually [B, H, T, D]; k may have another number of heads, or be None.
-    cos, sin: broadcastable to q and to k, last dimension D. Returns (q_out, k_out), k_out None without k; dtype is that of
-    `q * cos`, layout dense in the memory order of the input, as `q * cos` gives. Saves cos and sin (and q, k only where cos
-    or sin needs a gradient).
+    cos, sin: broadcastable to q and to k, last dimension D.
+    Returns (q_out, k_out), k_out None without k, with the dtype and the (dense) layout that `q * cos` has.
+    Saves cos and sin, and q and k only where cos or sin needs a gradient.
     """
     if q.shape[-1] % 2 or cos.shape[-1] != q.shape[-1] or sin.shape[-1] != q.shape[-1]:
         raise ValueError(f"last dimensions must be equal and even: {q.shape[-1]}, {cos.shape[-1]}, {sin.shape[-1]}")
@@ -125,7 +125,7 @@ def _rotate_rows(
     first, X, OUT, COS, SIN, count, size_1, size_2, x_0, x_1, x_2, t_0, t_1, t_2, half,
     INTERLEAVED: tl.constexpr, TRANSPOSE: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """Rotate rows [first, first + ROWS): row = (i0 * size_1 + i1) * size_2 + i2; x_i and t_i are strides of X and tables."""
+    """Rotate ROWS rows from `first`: row = (i0 * size_1 + i1) * size_2 + i2; x_i, t_i: strides of X and tables."""
     row = first + tl.arange(0, ROWS)
     i_2 = (row % size_2).to(tl.int64)
     outer = row // size_2
@@ -180,7 +180,7 @@ def _rotary_kernel(
 
 
 def _arguments(x, out, cos, sin, order):
-    """Kernel arguments of one tensor: pointers, row count, two inner sizes, three strides each of x and of the tables."""
+    """Kernel arguments of one tensor: pointers, rows, two inner sizes, three strides of x and three of the tables."""
     if cos.stride() != sin.stride() or cos.stride(-1) != 1:
         cos, sin = cos.contiguous(), sin.contiguous()
     x, cos, sin = (t.expand(x.shape).permute(order) for t in (x, cos, sin))

@@ -75,7 +75,10 @@ class Legality:
             if match.rounded and not match.pattern.rounded_inputs:
                 name = next(iter(match.rounded))
                 raise Illegal(f"autocast rounds {name} to {match.rounded[name]} first", match.output)
-        inputs = tuple(dict.fromkeys(v.node for m in matches for v in m.tensors.values()))
+        call = first.pattern.replacement(*matches)
+        # Usually the holes; a replacement may also read what holes are cut from, and then the cuts are covered.
+        arguments = pytree.tree_leaves((call.args, dict(call.kwargs)))
+        inputs = tuple(dict.fromkeys(n for n in arguments if isinstance(n, fx.Node)))
         outputs = tuple(m.output for m in matches)
         covered = tuple(sorted(ancestors_until(list(outputs), set(inputs)), key=self.position.__getitem__))
         self._check_inside(covered)
@@ -83,11 +86,6 @@ class Legality:
         before = self._place(inputs, outputs)
         self._check_order(covered, inputs, outputs, before)
         self._check_writes(covered, inputs, outputs, before)
-        call = first.pattern.replacement(*matches)
-        used = {n for n in pytree.tree_leaves((call.args, dict(call.kwargs))) if isinstance(n, fx.Node)}
-        for node in used - set(inputs):
-            if self.position[node] >= self.position[before]:
-                raise Illegal(f"the replacement reads {node}, which comes later", node)
         check_fake(call, outputs)
         return Site(matches, call, inputs, outputs, covered, lazy, before)
 
@@ -114,7 +112,7 @@ class Legality:
                 continue
             if lazy_allowed and outside == [self.output] and isinstance(example(node), torch.Tensor):
                 lazy.append(node)
-            elif self.shadow.of[node].op not in _CHEAP:
+            elif self.shadow.of[node].op not in _CHEAP and self.shadow.of[node].node is node:
                 raise Illegal(f"its intermediate result {node.name} is used again by {outside[0].name}", node)
         return tuple(lazy)
 

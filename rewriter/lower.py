@@ -51,6 +51,7 @@ class Lowering:
         with _preserved_state() as state:
             for node in gm.graph.nodes:
                 new[node] = self._lower_node(gm, graph, node, new, state)
+        self._traces = {k: v for k, v in self._traces.items() if not _is_symbolic(k)}
         lowered = fx.GraphModule(gm, graph)
         lowered.meta.update(gm.meta)
         return lowered
@@ -156,11 +157,16 @@ def _trace_key(node: fx.Node) -> Any:
         value = example(leaf)
         if not isinstance(value, torch.Tensor):
             return None
-        if any(isinstance(s, torch.SymInt) for s in (*value.shape, *value.stride())):
-            return None  # symbolic sizes belong to one compilation
-        metas.append((type(value), tuple(value.shape), value.stride(), value.dtype, value.device, value.requires_grad))
+        sizes = [(*value.shape, *value.stride())]
+        if any(isinstance(s, torch.SymInt) for s in sizes[0]):
+            sizes = [id(value.fake_mode), str(sizes[0])]  # symbolic sizes belong to one compilation
+        metas.append((type(value), value.dim(), *sizes, value.dtype, value.device, value.requires_grad))
     spec = repr(pytree.tree_map_only(fx.Node, lambda n: _Index(order[n]), (_listed(node.args), dict(node.kwargs))))
     return node.op, node.target, spec, tuple(metas), ambient()
+
+
+def _is_symbolic(key: Any) -> bool:
+    return any(isinstance(meta[3], str) for meta in key[3])
 
 
 class _Index(int):

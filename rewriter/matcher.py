@@ -165,6 +165,8 @@ class _Search:
             else:
                 self._fail(f"two different values where the pattern uses one result of {want.op}", have)
             return
+        if have.op == "const":
+            return  # another computation altogether, not worth a word
         if have.op != want.op:
             self._fail(f"expected {want.op}, found {_words(have)}", have)
             return
@@ -208,6 +210,8 @@ class _Search:
             if is_narrowing(have):
                 self.rounded[name] = have.attrs[0]
             have = have.inputs[0]
+        if have.op == "const":
+            return False
         if have.meta is None or have.node is None:
             return self._fail(f"the pattern's tensor {name} would be {_words(have)}", have)
         if want in self.bound:

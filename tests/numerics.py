@@ -1,15 +1,20 @@
 """Shared numeric helpers: one tolerance table, the float64 rule, eager formulas, and what every operator must survive.
 
-The rule: |new - truth| <= 2 |old - truth| + floor, in the 2-norm of a whole tensor, where truth is eager PyTorch in float64,
-old is eager PyTorch in the dtype of the inputs, and the floor is FLOOR[dtype] times |truth|.
+The rule: |new - truth| <= 2 |old - truth| + floor, in the 2-norm of a whole tensor, where truth is eager PyTorch in
+float64, old is eager PyTorch in the dtype of the inputs, and the floor is FLOOR[dtype] times |truth|.
 """
+
+import os
 
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-FLOOR = {torch.float64: 1e-14, torch.float32: 5e-7, torch.float16: 2e-4, torch.bfloat16: 1e-3}
+# float32: the order of summation in a matrix product, which BLAS chooses by shape, alone moves results by 1e-6
+FLOOR = {torch.float64: 1e-14, torch.float32: 2e-6, torch.float16: 2e-4, torch.bfloat16: 1e-3}
+if os.environ.get("TRITON_INTERPRET") == "1":
+    FLOOR[torch.bfloat16] = 8e-3  # Triton's interpreter cuts float32 off to bfloat16 where a GPU rounds
 
 
 def assert_near_truth(new, old, truth, name, dtype=None):
@@ -141,7 +146,7 @@ def without_grad(function, build):
 
 
 def frozen(function, build):
-    """Each input alone can be the only one that requires a gradient; that gradient stays the same, the others are None."""
+    """Each input can be the only one that requires a gradient, and that gradient stays the same."""
     inputs = build(5)
     _, grads = run(function, inputs)
     wanted = [i for i, t in enumerate(inputs) if t.requires_grad]

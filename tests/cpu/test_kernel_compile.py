@@ -1,0 +1,130 @@
+"""Every Triton kernel compiles for sm_80 and sm_90 without a GPU, from the arguments a CUDA run would launch it with.
+
+The launches themselves are recorded: the families' Triton paths run on CPU tensors with the launcher replaced, so grid,
+constants and warps are the real ones. Spills are read from the bundled ptxas.
+"""
+
+import re
+import subprocess
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+from rewriter.kernels import glu, linear_cross_entropy, rms_norm, rotary  # noqa: E402
+
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.int64: "*i64",
+}
+
+
+def rms_norm_launches(width, dtype):
+    x, w = (torch.ones(*shape, width, dtype=dtype, requires_grad=True) for shape in ((64,), ()))
+    rms_norm.rms_norm(x, w, 1e-6, round_before_weight=True).backward(torch.ones_like(x))
+
+
+def rotary_launches(width, dtype, interleaved=False):
+    q, k = (torch.ones(2, 16, heads, width, dtype=dtype).transpose(1, 2).requires_grad_() for heads in (8, 2))
+    cos, sin = (torch.ones(1, 1, 16, width, dtype=dtype) for _ in range(2))
+    out = rotary.rotary(q, k, cos, sin, interleaved=interleaved)
+    torch.autograd.backward(out, [torch.ones_like(t) for t in out])
+
+
+def glu_launches(width, dtype, activation="silu"):
+    gate, up = (torch.ones(16, width, dtype=dtype, requires_grad=True) for _ in range(2))
+    glu.glu(gate, up, activation=activation).backward(torch.ones_like(up))
+
+
+def linear_cross_entropy_launches(classes, dtype, **options):
+    x, w = (torch.ones(n, 8, dtype=dtype, requires_grad=True) for n in (16, classes))
+    target = torch.zeros(16, dtype=torch.int64)
+    linear_cross_entropy.linear_cross_entropy(x, w, target, **options).sum().backward()
+
+
+CASES = {
+    "rms_norm of heads": lambda dtype: rms_norm_launches(128, dtype),
+    "rms_norm 1536": lambda dtype: rms_norm_launches(1536, dtype),
+    "rms_norm 4096": lambda dtype: rms_norm_launches(4096, dtype),
+    "rms_norm 8192": lambda dtype: rms_norm_launches(8192, dtype),
+    "rms_norm 32768": lambda dtype: rms_norm_launches(32768, dtype),
+    "rotary 128": lambda dtype: rotary_launches(128, dtype),
+    "rotary 64, interleaved": lambda dtype: rotary_launches(64, dtype, interleaved=True),
+    **{f"glu {name}": lambda dtype, name=name: glu_launches(8960, dtype, name) for name in glu.ACTIVATIONS},
+    "loss": lambda dtype: linear_cross_entropy_launches(151936, dtype),
+    "loss, all options": lambda dtype: linear_cross_entropy_launches(50257, dtype, softcap=30.0, label_smoothing=0.1),
+    "loss of each row": lambda dtype: linear_cross_entropy_launches(50257, dtype, reduction="none"),
+}
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Kernel launches, recorded instead of done: [(kernel, arguments, keywords)]."""
+    recorded = []
+
+    def run(kernel, *arguments, grid, warmup, **keywords):
+        assert len(grid) <= 3 and all(0 < n < 2**31 for n in grid) and all(n < 2**16 for n in grid[1:])
+        recorded.append((kernel, arguments, keywords))
+
+    monkeypatch.setattr(JITFunction, "run", run)
+    for family in (glu, linear_cross_entropy, rms_norm, rotary):
+        monkeypatch.setattr(family, "use_triton", lambda x: True)
+    return recorded
+
+
+def source(kernel, arguments, keywords):
+    """What Triton's launcher would compile: integers of 1 and None are constants, multiples of 16 are known as such."""
+    values = dict(zip(kernel.arg_names, arguments, strict=False)) | keywords
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        is_one = type(value) is int and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or is_one:
+            signature[parameter.name], constants[(i,)] = "constexpr", value
+            continue
+        signature[parameter.name] = TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
+        if isinstance(value, torch.Tensor) or (value % 16 == 0 and not parameter.do_not_specialize):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def spilled_bytes(ptx, capability, folder):
+    """Bytes of registers that ptxas had to move to memory."""
+    (folder / "kernel.ptx").write_text(ptx)
+    target = re.search(r"\.target (sm_\w+)", ptx)[1]
+    ptxas = get_ptxas(capability).path
+    command = [ptxas, "-v", f"--gpu-name={target}", str(folder / "kernel.ptx"), "-o", str(folder / "kernel.cubin")]
+    log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    found = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    assert found, log
+    return sum(int(stores) + int(loads) for stores, loads in found)
+
+
+@pytest.mark.parametrize("capability, dtype", [(90, torch.bfloat16), (90, torch.float32), (80, torch.bfloat16)])
+@pytest.mark.parametrize("case", CASES)
+def test_compiles_without_spills(case, capability, dtype, launches, tmp_path):
+    CASES[case](dtype)
+    assert launches
+    for kernel, arguments, keywords in launches:
+        options = {name: value for name, value in keywords.items() if name.startswith("num_")}
+        compiled = triton.compile(
+            source(kernel, arguments, keywords), target=GPUTarget("cuda", capability, 32), options=options
+        )
+        assert spilled_bytes(compiled.asm["ptx"], capability, tmp_path) == 0, kernel.__name__
+
+
+def test_every_kernel_is_compiled(launches):
+    for case in CASES.values():
+        case(torch.bfloat16)
+    families = (glu, linear_cross_entropy, rms_norm, rotary)
+    kernels = {f.__name__ for m in families for f in vars(m).values() if isinstance(f, JITFunction)}
+    assert {k for k in kernels if k.endswith("_kernel")} == {kernel.__name__ for kernel, *_ in launches}

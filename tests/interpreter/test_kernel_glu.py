@@ -1,0 +1,84 @@
+"""GLU's Triton kernels, interpreted, on small odd shapes."""
+
+import pytest
+import torch
+from numerics import compare, eager_glu, fakes, strided
+
+from rewriter.kernels.glu import ACTIVATIONS, glu, glu_packed
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def both(activation):
+    return lambda g, u: glu(g, u, activation=activation), lambda g, u: eager_glu(g, u, activation)
+
+
+def both_packed(activation, gate_first=True):
+    def eager(x):
+        first, second = x.chunk(2, -1)
+        return eager_glu(first, second, activation) if gate_first else eager_glu(second, first, activation)
+
+    return lambda x: glu_packed(x, activation=activation, gate_first=gate_first), eager
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_numbers(dtype, activation):
+    compare(*both(activation), [strided(3, 5, 33, dtype=dtype), strided(3, 5, 33, dtype=dtype, seed=2)])
+    compare(*both_packed(activation), [strided(3, 5, 66, dtype=dtype)])
+
+
+@pytest.mark.parametrize("width", [1, 7, 64, 1025])
+def test_widths(width):
+    compare(*both("silu"), [strided(37, width), strided(37, width, seed=2)])
+
+
+@pytest.mark.parametrize("kind", ["dense", "expanded", "strided"])
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (0, 2, 1)])
+def test_layouts(order, kind):
+    compare(*both("silu"), [strided(3, 4, 8, order=order), strided(3, 4, 8, seed=2)], kind=kind)
+    compare(*both_packed("gelu", gate_first=False), [strided(3, 4, 8, order=order)], kind=kind)
+
+
+def test_slices_of_one_tensor():
+    x = strided(2, 5, 24, grad=False)
+    compare(*both("silu"), [x[..., :8].requires_grad_(), x[..., 16:].requires_grad_()])
+
+
+def test_mixed_dtypes_and_one_frozen_half():
+    gate, up = strided(4, 8, dtype=torch.bfloat16), strided(4, 8, seed=2)
+    compare(*both("silu"), [gate, up], dtype=torch.bfloat16)
+    compare(*both("silu"), [gate, up.detach()], dtype=torch.bfloat16)
+    compare(*both("silu"), [gate.detach(), up], dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_extreme_values(activation, dtype):
+    gate = torch.tensor([[-1e4, -90.0, -20.0, -0.4, -1e-4, 0.0, 1e-4, 0.4, 20.0, 90.0, 1e4]], dtype=dtype)
+    for column in gate.T:
+        gate = column[None].clone().requires_grad_()
+        new, old = both(activation)
+        one, other = torch.ones_like(gate), torch.ones_like(gate)
+        torch.testing.assert_close(new(gate, one), old(gate, other), rtol=1e-5, atol=1e-30)
+        gradients = [torch.autograd.grad(f(gate, one).sum(), gate)[0] for f in (new, old)]
+        torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-30)
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0), (8,)])
+def test_small_shapes(shape):
+    compare(*both("silu"), [strided(*shape), strided(*shape, seed=2)])
+    compare(*both_packed("silu"), [strided(*shape)])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_nan_stays(activation):
+    gate = torch.tensor([float("nan"), 1.0], requires_grad=True)
+    y = glu(gate, torch.ones(2), activation=activation)
+    y.sum().backward()
+    assert y.isnan().tolist() == gate.grad.isnan().tolist() == [True, False]
+
+
+def test_layouts_are_those_of_the_fake_operator():
+    fakes(lambda g, u: glu(g, u, activation="silu"), lambda n: [strided(2, n, 8, order=(1, 0, 2)), strided(2, n, 8)])
+    fakes(lambda x: glu_packed(x, activation="silu"), lambda n: [strided(2, n, 8, order=(1, 0, 2))])

@@ -1,0 +1,88 @@
+"""The Triton kernels of linear cross entropy, interpreted, on small odd shapes."""
+
+import pytest
+import torch
+from numerics import compare, eager_linear_cross_entropy, fakes, strided
+
+from rewriter.kernels.linear_cross_entropy import linear_cross_entropy
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+OPTIONS = [
+    {},
+    {"label_smoothing": 0.1},
+    {"softcap": 3.0, "scale": 0.7},
+    {"softcap": 2.0, "label_smoothing": 0.2, "scale": -1.5},
+]
+
+
+def both(**options):
+    return (
+        lambda x, w, t, b=None: linear_cross_entropy(x, w, t, bias=b, **options),
+        lambda x, w, t, b=None: eager_linear_cross_entropy(x, w, t, b, **options),
+    )
+
+
+def inputs(rows=(3, 7), width=16, classes=37, dtype=torch.float32, bias=True, ignored=5, seed=0):
+    target = torch.randint(0, classes, rows, generator=torch.Generator().manual_seed(seed))
+    target.view(-1)[1 : 1 + ignored] = -100
+    x, w = strided(*rows, width, dtype=dtype, seed=seed), strided(classes, width, dtype=dtype, seed=seed + 1)
+    return [x, w, target, *([strided(classes, dtype=dtype, seed=seed + 2)] if bias else [])]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_numbers(dtype, reduction, options):
+    compare(*both(reduction=reduction, chunk_tokens=8, **options), inputs(dtype=dtype))
+
+
+@pytest.mark.parametrize("classes", [1, 2, 64, 4097, 9001])
+def test_class_counts(classes):
+    """One tile or several, with a ragged last one."""
+    for options in OPTIONS if classes > 1 else [{}]:
+        compare(*both(chunk_tokens=4, **options), inputs(rows=(7,), width=24, classes=classes, ignored=1))
+
+
+@pytest.mark.parametrize("kind", ["dense", "expanded"])
+def test_upstream_of_each_row(kind):
+    compare(*both(chunk_tokens=5, reduction="none"), inputs(bias=False), kind=kind)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_matmul_dtype_is_what_autocast_does(reduction):
+    new, _ = both(reduction=reduction, matmul_dtype=torch.bfloat16, chunk_tokens=8)
+    _, eager = both(reduction=reduction)
+
+    def old(x, w, t, b):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return eager(x, w, t, b)
+
+    compare(new, old, inputs(), truth=eager, dtype=torch.bfloat16)
+
+
+def test_all_rows_ignored():
+    x, w, target = inputs(bias=False)
+    loss = linear_cross_entropy(x, w, target.fill_(-100))
+    assert loss.isnan()
+    assert all(g.eq(0).all() for g in torch.autograd.grad(loss, (x, w)))
+
+
+def test_unknown_class_is_a_nan_loss():
+    x, w, target = inputs(bias=False)
+    target[0, 0] = 37
+    assert linear_cross_entropy(x, w, target).isnan()
+
+
+def test_large_logits_do_not_overflow():
+    compare(*both(chunk_tokens=8, scale=1e4), inputs(bias=False))
+
+
+def test_no_rows():
+    x, w, target, b = inputs(rows=(0, 4), ignored=0)
+    loss = linear_cross_entropy(x, w, target, bias=b, reduction="sum")
+    assert loss == 0
+    assert all(g.eq(0).all() for g in torch.autograd.grad(loss, (x, w, b)))
+
+
+def test_layouts_are_those_of_the_fake_operator():
+    fakes(both(chunk_tokens=4)[0], lambda n: inputs(rows=(2, n), ignored=2))

@@ -9,6 +9,7 @@ bench/README.md says what is measured, and when a run is void.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import math
@@ -24,7 +25,7 @@ import works
 
 FOLDER = Path(__file__).parent
 MODES = ("eager", "compile-blocks", "liger", "liger-compile", "rewriter-eager", "rewriter-inductor")
-LOSS_TOLERANCE = 2e-2  # relative to eager's loss after the same steps; rounding alone explains about a tenth of it
+LOSS_TOLERANCE = 2e-2  # relative to eager's loss after the same steps
 
 
 def run(task: dict, limit: float, keep_caches: bool) -> dict:
@@ -37,9 +38,7 @@ def run(task: dict, limit: float, keep_caches: bool) -> dict:
                 environment[name] = str(Path(folder) / name.lower())
         command = [sys.executable, str(FOLDER / "training_worker.py"), json.dumps(task), str(out)]
         with log.open("wb") as stream:
-            child = subprocess.Popen(
-                command, stdout=stream, stderr=stream, env=environment, start_new_session=True
-            )
+            child = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment, start_new_session=True)
             try:
                 child.wait(limit)
                 why = f"ended with code {child.returncode}"
@@ -58,23 +57,26 @@ def run(task: dict, limit: float, keep_caches: bool) -> dict:
 
 def kill_group(child: subprocess.Popen) -> None:
     """The process and the compile workers it may have left."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     child.wait()
 
 
 def judge(results: list[dict]) -> None:
     """Void what did not train as eager does. Sets `status`, `why` and `speedup` (step time of eager over this one)."""
-    eager = {r["work"]: r for r in results if r["mode"] == "eager" and "loss" in r}
+    eager = {same(r): r for r in results if r["mode"] == "eager" and "loss" in r}
     for result in results:
         if result["status"] not in ("ok", "void"):
             continue
-        base = eager.get(result["work"])
+        base = eager.get(same(result))
         why = reason_to_void(result, base)
         result.update(status="void" if why else "ok", why=why)
         result["speedup"] = base["median_ms"] / result["median_ms"] if base else None
+
+
+def same(result: dict) -> tuple:
+    """Runs with equal keys differ in nothing but the mode."""
+    return tuple(result[name] for name in ("work", "checkpointing", "device", "seed", "warmup", "steps"))
 
 
 def reason_to_void(result: dict, base: dict | None) -> str:
@@ -114,7 +116,7 @@ def table(results: list[dict]) -> str:
     """Aligned text, one line a configuration; `-` where nothing was measured."""
     rows = [[title for title, _, _ in COLUMNS]]
     for result in results:
-        flat = {**result, **result.get("profile", {})}
+        flat = {**result, **result.get("kernel_profile", {})}
         cells = [form.format(v) if (v := flat.get(key)) is not None else "-" for _, key, form in COLUMNS]
         rows.append([*cells[:-1], cells[-1].replace("\n", " ")[:80]])
     widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]

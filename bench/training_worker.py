@@ -1,6 +1,6 @@
 """One configuration of the training benchmark, in a process of its own: `training.py` starts it.
 
-    python bench/training_worker.py '{"work": "tiny-lora", "mode": "eager", ...}' result.json
+python bench/training_worker.py '{"work": "tiny-lora", "mode": "eager", ...}' result.json
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import nn
 
 sys.path.append(str(Path(__file__).parents[1]))  # an installed rewriter comes first
 
-import works  # noqa: E402
+import works
 
 LEARNING_RATE = 1e-4
 GIB = 2**30
@@ -107,6 +107,7 @@ def measure(task: dict, result: dict) -> None:
         result["losses"].append(loss.detach())
 
     result["trained_parameters"] = sum(p.numel() for p in parameters)
+    result["trained_dtypes"] = sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
     result["memory_before_gib"] = peak(device)
     result["first_step_s"] = timed(step, device)
     for _ in range(task["warmup"]):
@@ -123,7 +124,7 @@ def measure(task: dict, result: dict) -> None:
     result["loss"] = result["losses"][-1]
     result["grad_norm"], result["parameters_with_gradient"] = gradient_norm(parameters)
     if task["profile"]:
-        result["profile"] = profile(step, device)
+        result["kernel_profile"] = profile(step, device)
         del result["losses"][1 + task["warmup"] + task["steps"] :]
     if task["mode"].startswith("rewriter"):
         result["report"] = report_of(model)

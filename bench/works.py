@@ -63,9 +63,7 @@ def build(name: str, device: str, seed: int, checkpointing: bool) -> nn.Module:
     shape, method = parse(name)
     torch.manual_seed(seed)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(
-            configuration(shape), dtype=shape.dtype, attn_implementation="sdpa"
-        )
+        model = AutoModelForCausalLM.from_config(configuration(shape), dtype=shape.dtype, attn_implementation="sdpa")
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if method == "lora":

@@ -85,13 +85,14 @@ class LinearCrossEntropy(Pattern):
         note = {k: v for k, v in kwargs.items() if k in ("reduction", "softcap", "scale") and v not in (None, 1.0)}
         return Call(head_and_loss, (match["x"], match["weight"], match["target"], bias), kwargs, note)
 
-    def sample(self, match: Match, name: str, shape: tuple[int, ...], generator: torch.Generator):
+    def sample(self, match: Match, name: str, shapes, generator: torch.Generator) -> torch.Tensor | None:
+        shape, device = shapes[name], generator.device
         if name == "weight":
-            return torch.randn(shape, generator=generator, dtype=torch.float64) / shape[-1] ** 0.5
+            return torch.randn(shape, generator=generator, device=device) / shape[-1] ** 0.5
         if name != "target":
             return None
-        target = torch.randint(0, match.meta("weight").shape[0], shape, generator=generator)
-        ignored = torch.rand(shape, generator=generator) < 0.2
+        target = torch.randint(0, shapes["weight"][0], shape, generator=generator, device=device)
+        ignored = torch.rand(shape, generator=generator, device=device) < 0.2
         return target.masked_fill(ignored, match.attrs("cross_entropy")[1]) if target.numel() > 1 else target
 
 

@@ -35,7 +35,9 @@ class Rotary(Pattern):
     name = "rotary"
     references = (
         Reference(half, {"x": X, "cos": ANGLE, "sin": ANGLE}, variant={"style": "half"}),
-        Reference(halves_apart, {"x": X, "cos": HALF_ANGLE, "sin": HALF_ANGLE}, variant={"style": "half", "apart": True}),
+        Reference(
+            halves_apart, {"x": X, "cos": HALF_ANGLE, "sin": HALF_ANGLE}, variant={"style": "half", "apart": True}
+        ),
         Reference(interleaved, {"x": X, "cos": ANGLE, "sin": ANGLE}, variant={"style": "interleaved"}),
     )
 
@@ -52,8 +54,9 @@ class Rotary(Pattern):
     def group(self, matches: list[Match]) -> list[tuple[Match, ...]]:
         groups = defaultdict(list)
         for match in matches:
-            shared = match.tensors["cos"].number, match.tensors["sin"].number
-            groups[(*shared, match.reference, match.meta("x").ndim, match.meta("x").dtype)].append(match)
+            angles = match.tensors["cos"].number, match.tensors["sin"].number
+            x, module = match.meta("x"), tuple(match.output.meta.get("nn_module_stack") or ())
+            groups[angles, match.reference, x.ndim, x.dtype, module].append(match)
         pairs = []
         for group in groups.values():
             pairs += [tuple(group[i : i + 2]) for i in range(0, len(group), 2)]

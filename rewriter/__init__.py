@@ -1,12 +1,12 @@
 """rewriter: makes fine-tuning of any Transformer faster and smaller in memory with one call.
 
-    model = rewriter.optimize(model)
+model = rewriter.optimize(model)
 """
 
-from rewriter._source_tree import search_path
+# isort: off
+from rewriter import _source_tree  # noqa: F401  first: it lets rewriter.kernels and rewriter.patterns be found
 
-__path__ += search_path()  # before anything below imports rewriter.kernels or rewriter.patterns
-
+# isort: on
 from rewriter.api import explain, optimize, report, restore
 from rewriter.pattern import Call, Match, Pattern, Reference
 from rewriter.report import RewriteReport

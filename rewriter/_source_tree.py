@@ -4,6 +4,7 @@ There `kernels/` and `patterns/` lie beside `rewriter/`; a wheel has them inside
 (Setuptools' editable finder can't serve a sub-package without `__init__.py` that lies outside its parent's folder.)
 """
 
+import sys
 from pathlib import Path
 
 
@@ -12,3 +13,6 @@ def search_path() -> list[str]:
     package = Path(__file__).parent
     inside = all((package / name).is_dir() for name in ("kernels", "patterns"))
     return [] if inside else [str(package.parent)]
+
+
+sys.modules["rewriter"].__path__ += search_path()

@@ -86,7 +86,7 @@ def explain(model: nn.Module, **options: Any) -> Callable[..., RewriteReport]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"explain takes a torch.nn.Module, not {type(model).__name__}")
-    arguments = {"patterns": None, "exclude": (), "executor": "auto", "dynamic": None, "verify": "first", "strict": False}
+    arguments = dict(patterns=None, exclude=(), executor="auto", dynamic=None, verify="first", strict=False)
     unknown = set(options) - set(arguments)
     if unknown:
         raise TypeError(f"explain has no option {sorted(unknown)[0]!r}; allowed are {', '.join(arguments)}")
@@ -159,7 +159,7 @@ def _install(model: nn.Module, options: Options) -> Session:
 
         def wrap(forward: Callable, kind: str = region.kind) -> Callable:
             if kind == "body":
-                return opaque_forward(forward)
+                return opaque_forward(forward, session)
             if (forward, kind) not in shared:
                 compiled = torch.compile(traceable(forward), backend=backend, dynamic=options.dynamic)
                 shared[forward, kind] = region_forward(forward, compiled, session, kind)

@@ -1,12 +1,14 @@
 """Put compiled forwards on module instances, and take them off again.
 
-The forward is an instance attribute, a bound method: direct `m.forward(...)` calls, hooks, `inspect.signature`, deepcopy
-and pickling work as before. Everything needed to undo it lies on the module itself, so copies can be restored too.
+The forward is an instance attribute, a bound method: direct `m.forward(...)` calls, hooks, `inspect.signature`,
+deepcopy and pickling work as before. Everything needed to undo it lies on the module itself, so copies can be restored
+too.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,7 +37,7 @@ def attached(module: nn.Module) -> Attachment | None:
 
 
 def attach(region: Region, wrap: Callable[[Callable], Callable]) -> None:
-    """Give the region's module the forward `wrap(unbound forward)`; modules that share a forward share what it makes."""
+    """Give the region's module the forward `wrap(unbound forward)`."""
     module = region.module
     previous = module.__dict__.get("forward")
     module.__dict__["forward"] = types.MethodType(wrap(_unbound(module, previous)), module)
@@ -67,9 +69,25 @@ def _unbound(module: nn.Module, previous: Callable | None) -> Callable:
     return forward
 
 
-def opaque_forward(forward: Callable) -> Callable:
-    """A forward that Dynamo calls without looking inside; regions below it compile for themselves."""
-    return torch.compiler.disable(forward, recursive=True, reason=REASON)
+def opaque_forward(forward: Callable, session: Any) -> Callable:
+    """A forward that Dynamo calls without looking inside; regions below it compile for themselves.
+
+    A body whose forward takes `use_cache` builds a cache in training too unless it is told otherwise. Nobody reads it
+    there, but each block writes to its own entry, so no two blocks could share a graph: where the caller says nothing,
+    a training step runs without one, and the report notes it.
+    """
+    parameters = list(inspect.signature(forward).parameters)
+    place = parameters.index("use_cache") if "use_cache" in parameters else None
+
+    @functools.wraps(forward)
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if place is not None and torch.is_grad_enabled() and len(args) < place and not session.closed:
+            if kwargs.get("use_cache") is None and kwargs.get("past_key_values") is None:
+                kwargs["use_cache"] = False
+                session.note("training steps run with use_cache=False: their outputs carry no past_key_values")
+        return forward(self, *args, **kwargs)
+
+    return torch.compiler.disable(run, recursive=True, reason=REASON)
 
 
 def region_forward(forward: Callable, compiled: Callable, session: Any, kind: str) -> Callable:

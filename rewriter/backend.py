@@ -1,6 +1,7 @@
 """The torch.compile backend: (GraphModule, example inputs) -> callable.
 
-lower -> rewrite -> execute. Whatever goes wrong on the way, the graph runs as Dynamo captured it and the report says so.
+lower -> rewrite -> execute. Whatever goes wrong on the way, the graph runs as Dynamo captured it, and the report says
+so.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Backend:
             log.warning("a graph is left as it was: %s: %s", type(error).__name__, error, exc_info=True)
             session.fallback("", f"graph left as it was: {type(error).__name__}: {error}")
             target, result = gm, Result()
-        record = session.record(result, gm, code)
+        record = session.record(result, code)
         if options.strict and (record.misses or target is gm):
             reasons = "; ".join(f"{m.pattern} at {', '.join(m.sites) or '<model>'}: {m.reason}" for m in record.misses)
             raise RewriteError(f"not everything was rewritten: {reasons or 'see the report'}")

@@ -323,7 +323,9 @@ def _permute(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
     return shadow.add("permute", (value,), (tuple(order),), node)
 
 
-def _slice_value(shadow: Shadow, node: fx.Node, value: Value, dim: int, start: int, end: int, step: int) -> Value | None:
+def _slice_value(
+    shadow: Shadow, node: fx.Node, value: Value, dim: int, start: int, end: int, step: int
+) -> Value | None:
     """A slice as fractions of the size: `x[..., :d // 2]` reads the same for every d."""
     meta = value.meta
     if meta is None:
@@ -428,7 +430,8 @@ def _rms_norm(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
     if len(shape) != 1 or value.meta is None:
         return None
     eps = torch.finfo(value.meta.dtype).eps if eps is None else eps
-    return shadow.add("rms_norm", (value, *([weight] if weight is not None else []), shadow.const(float(eps))), (), node)
+    weights = () if weight is None else (weight,)
+    return shadow.add("rms_norm", (value, *weights, shadow.const(float(eps))), (), node)
 
 
 @rule(aten.cross_entropy_loss)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import networkx as nx
 import torch
@@ -13,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from rewriter.meta import TensorMeta, example, tensor_meta
 from rewriter.pattern import Call, Match
-from rewriter.shadow import Shadow, ancestors_until
+from rewriter.shadow import Shadow
 
 # Values that are cheap to keep when something outside the match also reads them.
 _CHEAP = {"cast", "copy", "slice", "reshape", "expand", "permute", "parts", "const"}
@@ -42,7 +44,7 @@ class Site:
     def pattern(self) -> str:
         return self.matches[0].pattern.name
 
-    @property
+    @cached_property
     def compute(self) -> frozenset[fx.Node]:
         """Covered nodes that belong to this site alone."""
         return frozenset(n for m in self.matches for v in m.bound.values() if (n := v.node) is not None)
@@ -59,11 +61,10 @@ class Illegal(Exception):
 class Legality:
     """Facts about one graph that every check needs: positions, aliases, in-place writes."""
 
-    def __init__(self, graph: fx.Graph, shadow: Shadow):
-        self.shadow = shadow
+    def __init__(self, graph: fx.Graph, shadow: Shadow, writes: dict[fx.Node, tuple[fx.Node, ...]], fakes: dict):
+        self.shadow, self.writes, self._fakes = shadow, writes, fakes
         self.position = {node: i for i, node in enumerate(graph.nodes)}
         self.output = graph.find_nodes(op="output")[0]
-        self.writes = written_nodes(graph)
 
     def site(self, matches: tuple[Match, ...]) -> Site:
         """The site of these matches; raises Illegal."""
@@ -80,20 +81,31 @@ class Legality:
         arguments = pytree.tree_leaves((call.args, dict(call.kwargs)))
         inputs = tuple(dict.fromkeys(n for n in arguments if isinstance(n, fx.Node)))
         outputs = tuple(m.output for m in matches)
-        covered = tuple(sorted(ancestors_until(list(outputs), set(inputs)), key=self.position.__getitem__))
+        covered = self._covered(inputs, outputs)
         self._check_inside(covered)
         lazy = self._check_escapes(covered, outputs, first.pattern.lazy)
         before = self._place(inputs, outputs)
         self._check_order(covered, inputs, outputs, before)
         self._check_writes(covered, inputs, outputs, before)
-        check_fake(call, outputs)
+        check_fake(call, inputs, outputs, self._fakes)
         return Site(matches, call, inputs, outputs, covered, lazy, before)
+
+    def _covered(self, inputs: tuple[fx.Node, ...], outputs: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
+        """Everything between inputs and outputs, outputs included, in graph order."""
+        stops, seen, todo = set(inputs), set(), list(outputs)
+        while todo:
+            node = todo.pop()
+            if node in seen or node in stops:
+                continue
+            if node.op != "call_function" or isinstance(node.target, torch._ops.HigherOrderOperator):
+                raise Illegal(f"{node.name} lies inside the match but is not one of its inputs", node)
+            seen.add(node)
+            todo.extend(node.all_input_nodes)
+        return tuple(sorted(seen, key=self.position.__getitem__))
 
     def _check_inside(self, covered: tuple[fx.Node, ...]) -> None:
         states = set()
         for node in covered:
-            if node.op != "call_function" or isinstance(node.target, torch._ops.HigherOrderOperator):
-                raise Illegal(f"{node.name} lies inside the match but is not one of its inputs", node)
             if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
                 raise Illegal(f"{node.name} writes in place inside the match", node)
             if type(example(node)) not in _PLAIN and isinstance(example(node), torch.Tensor):
@@ -132,7 +144,7 @@ class Legality:
             return
         low, high = self.position[covered[0]], self.position[before]
         flow = nx.DiGraph()
-        for node, position in _window(covered[0], low, high):
+        for node in _window(covered[0], high - low):
             flow.add_node(node)
             flow.add_edges_from((i, node) for i in node.all_input_nodes if self.position[i] >= low)
         for source in outputs:
@@ -149,10 +161,9 @@ class Legality:
                     raise Illegal(f"{writer.name} writes {node.name} in place", writer)
 
 
-def _window(start: fx.Node, low: int, high: int):
-    node = start
-    for position in range(low, high):
-        yield node, position
+def _window(node: fx.Node, length: int) -> Iterator[fx.Node]:
+    for _ in range(length):
+        yield node
         node = node.next
 
 
@@ -165,6 +176,8 @@ def written_nodes(graph: fx.Graph) -> dict[fx.Node, tuple[fx.Node, ...]]:
 
     def root(node: fx.Node) -> fx.Node:
         while node in alias:
+            if alias[node] in alias:
+                alias[node] = alias[alias[node]]
             node = alias[node]
         return node
 
@@ -221,10 +234,26 @@ def _join(alias: dict, root, a: fx.Node, b: fx.Node) -> None:
         alias[a] = b
 
 
-def check_fake(call: Call, outputs: tuple[fx.Node, ...]) -> None:
-    """Run the replacement on fake tensors: shape, dtype, stride, device and requires_grad must be the original's."""
+def check_fake(call: Call, inputs: tuple[fx.Node, ...], outputs: tuple[fx.Node, ...], known: dict) -> None:
+    """Run the replacement on fake tensors: shape, dtype, stride, device and requires_grad must be the original's.
+
+    `known` keeps outcomes: equal calls on equal metas need one run.
+    """
+    place = {node: i for i, node in enumerate(inputs)}
+    arguments = pytree.tree_map_only(fx.Node, lambda n: ("input", place[n]), (call.args, dict(call.kwargs)))
+    metas = tuple(tensor_meta(n) for n in (*inputs, *outputs))
+    key = (call.fn, repr(arguments), metas, outputs[0].meta.get("ambient"))
+    if key not in known:
+        known[key] = _fake_outcome(call, outputs)
+    if known[key] is not None:
+        reason, index = known[key]
+        raise Illegal(reason, outputs[index])
+
+
+def _fake_outcome(call: Call, outputs: tuple[fx.Node, ...]) -> tuple[str, int] | None:
+    """What is wrong with the replacement's results, and with which; None where all is well."""
     ambient = outputs[0].meta.get("ambient")
-    with FakeTensorMode() as mode, torch.set_grad_enabled(ambient is None or ambient[0]):
+    with FakeTensorMode(), torch.set_grad_enabled(ambient is None or ambient[0]):
         fakes: dict[fx.Node, torch.Tensor] = {}
 
         def fake(node: fx.Node) -> torch.Tensor:
@@ -236,18 +265,20 @@ def check_fake(call: Call, outputs: tuple[fx.Node, ...]) -> None:
         try:
             results = call.fn(*args, **kwargs)
         except Exception as error:
-            raise Illegal(f"the replacement failed on fake tensors: {type(error).__name__}: {error}", outputs[0]) from error
-    del mode
+            return f"the replacement failed on fake tensors: {type(error).__name__}: {error}", 0
     results = results if isinstance(results, tuple | list) else (results,)
     if len(results) != len(outputs):
-        raise Illegal(f"the replacement gives {len(results)} results, not {len(outputs)}", outputs[0])
-    for result, node in zip(results, outputs, strict=True):
+        return f"the replacement gives {len(results)} results, not {len(outputs)}", 0
+    for i, (result, node) in enumerate(zip(results, outputs, strict=True)):
+        if not isinstance(result, torch.Tensor):
+            return f"the replacement gives a {type(result).__name__}, not a tensor", i
         old, new = tensor_meta(node), TensorMeta.of(result)
         for what in ("shape", "dtype", "device", "requires_grad"):
             if getattr(old, what) != getattr(new, what):
-                raise Illegal(f"the replacement's {what} is {getattr(new, what)}, not {getattr(old, what)}", node)
+                return f"the replacement's {what} is {getattr(new, what)}, not {getattr(old, what)}", i
         if _significant(old) != _significant(new):
-            raise Illegal(f"the replacement's strides are {new.stride}, not {old.stride}", node)
+            return f"the replacement's strides are {new.stride}, not {old.stride}", i
+    return None
 
 
 def _fake(meta: TensorMeta) -> torch.Tensor:

@@ -52,4 +52,4 @@ def select(patterns: Iterable[str | Pattern] | None, exclude: Iterable[str]) -> 
         if name not in known and name not in own:
             raise ValueError(f"unknown pattern {name!r}; known are {', '.join(sorted({*known, *own}))}")
     chosen = {n: known[n] for n in names if n in known} if names else known
-    return tuple(p for n, p in {**own, **{k: v for k, v in chosen.items() if k not in own}}.items() if n not in excluded)
+    return tuple(p for n, p in {**chosen, **own}.items() if n not in excluded)

@@ -30,11 +30,7 @@ _RESIZING = ("resize_", "set_", "t_", "transpose_", "swapaxes_", "swapdims_", "u
 
 def ambient() -> tuple:
     """The global state that decides what an operator computes: grad mode, and autocast per device type."""
-    cast = tuple(
-        (kind, torch.get_autocast_dtype(kind))
-        for kind in ("cpu", "cuda")
-        if torch.is_autocast_enabled(kind)
-    )
+    cast = tuple((kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind))
     return torch.is_grad_enabled(), cast
 
 

@@ -171,7 +171,7 @@ class _Search:
             self._fail(f"expected {want.op}, found {_words(have)}", have)
             return
         if len(have.inputs) != len(want.inputs):
-            self._fail(f"{want.op} with {len(have.inputs)} tensor inputs where the pattern has {len(want.inputs)}", have)
+            self._fail(f"{want.op} of {len(have.inputs)} operands where the pattern has {len(want.inputs)}", have)
             return
         if have.attrs != want.attrs and want.op not in ("cross_entropy", "reshape", "expand"):
             self._fail(f"{want.op}{list(have.attrs)} where the pattern needs {want.op}{list(want.attrs)}", have)

@@ -147,8 +147,13 @@ class Pattern:
         """Which matches become one call; by default each is alone. A group that can't be one falls apart again."""
         return [(m,) for m in matches]
 
-    def sample(self, match: Match, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Any:
-        """A value to verify with for hole `name`; None takes the default (normal numbers; ones and zeros for ints)."""
+    def sample(
+        self, match: Match, name: str, shapes: Mapping[str, tuple[int, ...]], generator: torch.Generator
+    ) -> torch.Tensor | None:
+        """A tensor of shape `shapes[name]`, on the generator's device, to verify with for the hole `name`.
+
+        `shapes` has every hole; long dimensions were cut. None takes the default: normal numbers, for integers 0 and 1.
+        """
         return None
 
 
@@ -169,7 +174,7 @@ def _trace(reference: Reference) -> TracedReference:
     unknown = [n for n in required if n not in names and n not in stand_ins]
     if unknown:
         raise ValueError(f"reference {reference.fn!r} has parameters {unknown} that are neither inputs nor consts")
-    gm = make_fx(lambda *tensors: reference.fn(*tensors, **stand_ins), tracing_mode="fake", pre_dispatch=True)(*examples)
+    gm = make_fx(lambda *t: reference.fn(*t, **stand_ins), tracing_mode="fake", pre_dispatch=True)(*examples)
     for node in gm.graph.nodes:
         set_example(node, node.meta.get("val"))
     shadow = build_shadow(gm.graph)

@@ -1,8 +1,9 @@
 """What is compiled as one piece: repeated blocks, the rest of a body, and the outermost forward. Structure only.
 
-A block is a child of an outermost ModuleList (or of a Sequential of equal children) that has submodules with parameters.
-The module that owns such a list is a body. A body is opaque to the outermost forward where a head lies outside of it;
-a body with its own head is captured as one graph together with its blocks, so that head and loss can be fused.
+A block is a child of an outermost ModuleList (or of a Sequential of equal children) that has submodules with
+parameters. The module that owns such a list is a body. A body is opaque to the outermost forward where a head lies
+outside of it; a body with its own head is captured as one graph together with its blocks, so that head and loss can be
+fused.
 """
 
 from __future__ import annotations

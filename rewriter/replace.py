@@ -112,6 +112,7 @@ def _delay_outputs(graph: fx.Graph, promised: list, new: dict[fx.Node, fx.Node])
             if node not in kept:
                 kept.append(node)
             sources.append(("output", kept.index(node)))
-        lazy.append(LazyOutput(index, count, module, tuple(sources), tensor_meta(result), result.meta.get("ambient"), dtypes))
+        meta, ambient = tensor_meta(result), result.meta.get("ambient")
+        lazy.append(LazyOutput(index, count, module, tuple(sources), meta, ambient, dtypes))
     output.args = (tuple(kept),)
     return lazy

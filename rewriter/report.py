@@ -78,13 +78,14 @@ class Fallback:
 
 @dataclass(frozen=True)
 class RewriteReport:
-    """Everything `rewriter` did to a model so far."""
+    """Everything `rewriter` did to a model so far. notes: what else it changed about a call, in words."""
 
     rewrites: tuple[Rewrite, ...]
     near_misses: tuple[NearMiss, ...]
     regions: tuple[RegionReport, ...]
     graph_breaks: tuple[GraphBreak, ...]
     fallbacks: tuple[Fallback, ...]
+    notes: tuple[str, ...]
     environment: dict[str, str]
 
     @property

@@ -41,10 +41,11 @@ class Result:
 
 
 class Proofs:
-    """Verifications by what they depend on, so that equal matches are proven once."""
+    """Outcomes of verifications and of runs on fake tensors by what they depend on: equal matches are proven once."""
 
     def __init__(self, enabled: bool):
         self.enabled = enabled
+        self.fakes: dict[Any, Any] = {}
         self._known: dict[Any, Verification] = {}
 
     def of(self, site: Site) -> Verification | None:
@@ -91,7 +92,7 @@ def choose_sites(
     """Legal, proven sites that don't overlap; larger ones first. What was refused is added to `result`."""
     writes = written_nodes(graph)
     shadow = build_shadow(graph, frozenset(n for n in writes if n.op != "placeholder"))
-    legality = Legality(graph, shadow)
+    legality = Legality(graph, shadow, writes, proofs.fakes)
     refused: dict[Any, Refusal] = {}
     candidates: list[Site] = []
     for pattern in patterns:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import threading
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch._dynamo.utils import counters
 
 from rewriter import context
 from rewriter.attach import REASON
 from rewriter.environment import environment
-from rewriter.paths import site_path
 from rewriter.pattern import Pattern
-from rewriter.report import CheckResult, Fallback, GraphBreak, NearMiss, RegionReport, Rewrite, RewriteReport
+from rewriter.record import GraphRecord, ModulePaths, misses_of, rewrites_of
+from rewriter.report import Fallback, GraphBreak, NearMiss, RegionReport, Rewrite, RewriteReport
 from rewriter.rewrite import Fuel, Proofs, Result
 
 
@@ -36,18 +38,6 @@ class Options:
     dry: bool = False
 
 
-@dataclass
-class GraphRecord:
-    """One compiled graph. base: the region it was compiled for; paths: every region that ran it since."""
-
-    base: str
-    kind: str
-    code: Any
-    rewrites: list[Rewrite]
-    misses: list[NearMiss]
-    paths: dict[str, None] = field(default_factory=dict)
-
-
 class Session:
     """Shared by all regions of a model, and by copies of the model."""
 
@@ -58,8 +48,9 @@ class Session:
         self.graphs: list[GraphRecord] = []
         self.order: dict[str, int] = {}
         self.kinds: dict[str, str] = {}
-        self._modules = _Paths(model)
+        self._modules = ModulePaths(model)
         self._fallbacks: Counter[tuple[str, str]] = Counter()
+        self._notes: dict[str, None] = {}
         self._breaks = Counter(counters["graph_break"])
         self._seen: set[tuple[str, int]] = set()
         self._training_calls: set[frozenset[str]] = set()
@@ -100,6 +91,9 @@ class Session:
         if frame.path not in record.paths:
             record.paths[frame.path] = None
 
+    def note(self, text: str) -> None:
+        self._notes[text] = None
+
     def fallback(self, where: str, reason: str) -> None:
         with self._lock:
             self._fallbacks[where, reason] += 1
@@ -110,15 +104,13 @@ class Session:
 
     # ---- while a graph is compiled
 
-    def record(self, result: Result, gm: fx.GraphModule, code: Any) -> GraphRecord:
+    def record(self, result: Result, code: Any) -> GraphRecord:
         """Keep what `rewrite` did to a graph; called before the graph first runs."""
         frame = context.current()
         base = frame.path if frame else ""
-        kind = self.kinds.get(base, "model")
-        names = _Ordinals()
-        rewrites = [_rewrite(site, proof, names, base, self._modules) for site, proof in result.applied]
-        misses = [_miss(r, base, self._modules) for r in result.refused]
-        record = GraphRecord(base, kind, code, rewrites, misses)
+        self._modules.refresh()
+        rewrites, misses = rewrites_of(result, base, self._modules), misses_of(result, base, self._modules)
+        record = GraphRecord(base, self.kinds.get(base, "model"), code, rewrites, misses)
         with self._lock:
             self.graphs.append(record)
         return record
@@ -132,16 +124,17 @@ class Session:
             for rewrite in record.rewrites:
                 sites = self._everywhere(rewrite.sites, record)
                 key = (rewrite.pattern, sites, repr(rewrite.details), record.kind)
-                rewrites.setdefault(key, _with(rewrite, sites))
+                rewrites.setdefault(key, dataclasses.replace(rewrite, sites=sites))
             for miss in record.misses:
                 sites = self._everywhere(miss.sites, record)
-                misses.setdefault((miss.pattern, sites, miss.reason, miss.node), _with(miss, sites))
+                misses.setdefault((miss.pattern, sites, miss.reason, miss.node), dataclasses.replace(miss, sites=sites))
         return RewriteReport(
             rewrites=tuple(rewrites.values()),
             near_misses=tuple(misses.values()),
             regions=self._regions(),
             graph_breaks=self._graph_breaks(),
             fallbacks=tuple(Fallback(w, r, n) for (w, r), n in self._fallbacks.items()),
+            notes=tuple(self._notes),
             environment=environment(self.options.executor),
         )
 
@@ -151,7 +144,7 @@ class Session:
         result = []
         for path in paths:
             for site in sites:
-                inside = record.base and (site == record.base or site.startswith((record.base + ".", record.base + "#")))
+                inside = record.base and re.match(re.escape(record.base) + r"[.#]|$", site)
                 result.append(path + site[len(record.base) :] if inside else site)
         return tuple(dict.fromkeys(result))
 
@@ -175,65 +168,6 @@ def _nothing() -> None:
     return None
 
 
-def _with(item: Any, sites: tuple[str, ...]) -> Any:
-    import dataclasses
-
-    return dataclasses.replace(item, sites=sites)
-
-
 def _headline(reason: str) -> str:
     lines = [line.strip() for line in reason.splitlines() if line.strip()]
     return " ".join(lines[:2])[:300]
-
-
-class _Paths:
-    """id of a module -> its path in the model; refreshed when a module appears that it doesn't know."""
-
-    def __init__(self, model: nn.Module | None):
-        import weakref
-
-        self._model = weakref.ref(model) if model is not None else lambda: None
-        self._known: dict[int, str] = {}
-
-    def of(self, module_id: int) -> str | None:
-        if module_id not in self._known:
-            model = self._model()
-            if model is not None:
-                self._known = {id(m): name for name, m in model.named_modules()}
-        return self._known.get(module_id)
-
-
-class _Ordinals:
-    """A second site at the same module path gets `#2`, and so on."""
-
-    def __init__(self) -> None:
-        self._count: Counter[tuple[str, str]] = Counter()
-
-    def name(self, pattern: str, path: str) -> str:
-        self._count[pattern, path] += 1
-        n = self._count[pattern, path]
-        return path if n == 1 else f"{path}#{n}"
-
-
-def _rewrite(site: Any, proof: Any, names: _Ordinals, base: str, modules: _Paths) -> Rewrite:
-    path = site_path(site.outputs, site.covered, base, modules.of)
-    checks = tuple(CheckResult(c.what, c.dtype, c.old_error, c.new_error) for c in proof.checks) if proof else ()
-    return Rewrite(
-        site.pattern,
-        (names.name(site.pattern, path),),
-        getattr(site.call.fn, "__name__", repr(site.call.fn)),
-        dict(site.call.note),
-        len(site.covered),
-        checks,
-        bool(site.lazy),
-    )
-
-
-def _miss(refusal: Any, base: str, modules: _Paths) -> NearMiss:
-    node = refusal.node
-    path = site_path((node,), (node,), base, modules.of) if node is not None else base
-    source = ""
-    if node is not None and node.meta.get("stack_trace"):
-        lines = [line.strip() for line in node.meta["stack_trace"].strip().splitlines()]
-        source = " ".join(lines[-2:]) if len(lines) >= 2 else lines[-1]
-    return NearMiss(refusal.pattern, (path,), refusal.reason, node.name if node is not None else "", source)

@@ -7,7 +7,6 @@ serve recognition. What a rewrite really computes is decided by legality and ver
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -79,9 +78,6 @@ class Shadow:
             self._consts[key] = self.add("const", attrs=(number,))
         return self._consts[key]
 
-    def node_of(self, value: Value) -> fx.Node | None:
-        return value.node
-
 
 def build_shadow(graph: fx.Graph, unstable: frozenset[fx.Node] = frozenset()) -> Shadow:
     """The shadow of an ATen graph. `unstable`: nodes whose value changes in place; they are never shared."""
@@ -112,16 +108,3 @@ def target_name(node: fx.Node) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.name.removeprefix("aten::")
     return target if isinstance(target, str) else getattr(target, "__name__", str(target))
-
-
-def ancestors_until(outputs: list[fx.Node], stops: set[fx.Node]) -> Iterator[fx.Node]:
-    """Every node that `outputs` are computed from, up to and without `stops`; outputs included."""
-    seen: set[fx.Node] = set()
-    todo = list(outputs)
-    while todo:
-        node = todo.pop()
-        if node in seen or node in stops:
-            continue
-        seen.add(node)
-        yield node
-        todo.extend(node.all_input_nodes)

@@ -26,7 +26,8 @@ from rewriter.subgraph import Float64, extract
 # Relative error that rounding alone explains, by the dtype of the compared tensor.
 FLOOR = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 MAX_TOKENS = 64  # rows along each token dimension that verification looks at
-MAX_ELEMENTS = 1 << 26  # of any one tensor in a verification that can't be cut
+MAX_ROWS = 4099  # rows of a weight (classes of a head) that verification looks at
+MAX_ELEMENTS = 1 << 28  # of any one tensor in a verification that can't be cut
 SCALES = (1.0, 1e-3)  # magnitudes of the inputs: the second tells an epsilon from another
 
 
@@ -80,8 +81,12 @@ def _verify(site: Site, seed: int) -> Verification:
                         checks[check.what] = check
             passed = all(c.passed for c in checks.values())
             bad = [c for c in checks.values() if not c.passed]
-            reason = "" if passed else "; ".join(
-                f"{c.what}: error {c.new_error:.1e} where the original has {c.old_error:.1e}" for c in bad
+            reason = (
+                ""
+                if passed
+                else "; ".join(
+                    f"{c.what}: error {c.new_error:.1e} where the original has {c.old_error:.1e}" for c in bad
+                )
             )
             return Verification(passed, tuple(checks.values()), reason)
         except _Unrunnable as error:
@@ -94,38 +99,41 @@ class _Unrunnable(Exception):
 
 
 def _plans(metas: list[TensorMeta]) -> list[dict[int, int]]:
-    """Ways to cut sizes, best first; the last one leaves them whole if that fits in memory."""
+    """Ways to cut sizes (size -> smaller size), best first; the last leaves them whole if that fits in memory."""
     floats = [m for m in metas if m.dtype.is_floating_point]
     main = max(floats, key=lambda m: (m.ndim, m.numel()), default=None)
     whole = [{}] if max((m.numel() for m in metas), default=0) <= MAX_ELEMENTS else []
     if main is None or main.ndim < 2:
-        return whole or [{}]
-    fixed = {m.shape[-1] for m in floats if m.ndim} | {s for m in metas if m.ndim <= 2 and m is not main for s in m.shape[1:]}
-    lead = [s for s in main.shape[:-1]]
-    cut: dict[int, int] = {}
-    for size in sorted({s for s in lead if s > MAX_TOKENS and s not in fixed}, reverse=True):
-        cut[size] = MAX_TOKENS
-    if not cut:
-        return whole or [{}]
-    for size, small in list(cut.items()):  # sizes derived from a cut one: shifted by one, flattened with the others
-        cut.setdefault(size - 1, small - 1)
-        others = math.prod(lead) // size
-        if others > 1:
-            cut.setdefault(size * others, small * others)
-            cut.setdefault((size - 1) * others, (small - 1) * others)
-    return [cut, *whole]
+        return whole
+    widths = {m.shape[-1] for m in floats if m.ndim}
+    weights = {m.shape[0] for m in floats if m.ndim == 2 and m is not main}
+    tokens = {s for s in main.shape[:-1] if s > MAX_TOKENS} - widths - weights
+    cut = dict.fromkeys(tokens, MAX_TOKENS)
+    for size in tokens:  # sizes derived from a cut one: shifted by one, flattened with the others
+        cut.setdefault(size - 1, MAX_TOKENS - 1)
+        for length in (size, size - 1):
+            others = math.prod(main.shape[:-1]) // size
+            smaller = math.prod(cut.get(s, s) for s in main.shape[:-1]) // MAX_TOKENS
+            cut.setdefault(length * others, cut[length] * smaller)
+    cut |= {size: MAX_ROWS for size in weights - widths if size > 2 * MAX_ROWS and size not in cut}
+    return [cut, *whole] if cut else whole
 
 
 def _compare(site: Site, sizes: dict[int, int], scale: float, seed: int) -> list[Check]:
-    generator = torch.Generator().manual_seed(seed)
+    generators: dict[torch.device, torch.Generator] = {}
     match_of = {v.node: (m, name) for m in site.matches for name, v in m.tensors.items()}
     samples = {}
     for node in site.inputs:
         match, name = match_of.get(node, (None, node.name))
         meta = tensor_meta(node)
-        shape = tuple(sizes.get(s, s) for s in meta.shape)
-        given = match.pattern.sample(match, name, shape, generator) if match else None
-        samples[node] = _sample(given, meta, shape, scale, generator)
+        if meta.device not in generators:
+            generators[meta.device] = torch.Generator(meta.device).manual_seed(seed)
+        generator = generators[meta.device]
+        given = None
+        if match is not None:
+            shapes = {n: _cut(v.meta, sizes) for n, v in match.tensors.items()}
+            given = match.pattern.sample(match, name, shapes, generator)
+        samples[node] = _sample(given, meta, _cut(meta, sizes), scale, generator)
     original = extract(site.inputs, site.covered, site.outputs, sizes)
     ambient = site.outputs[0].meta.get("ambient") or (True, ())
     differentiable = [n for n in site.inputs if tensor_meta(n).requires_grad] if ambient[0] else []
@@ -143,21 +151,22 @@ def _compare(site: Site, sizes: dict[int, int], scale: float, seed: int) -> list
     exact = {n: s.double() if s.is_floating_point() else s for n, s in samples.items()}
     try:
         with _autocast(ambient[1], samples):
-            expected, upstream = _run(old, samples, differentiable, None, generator)
+            expected, upstream = _run(old, samples, differentiable, None, generators)
         with _autocast((), samples):
-            true, _ = _run(truth, exact, differentiable, upstream, generator)
+            true, _ = _run(truth, exact, differentiable, upstream, generators)
     except Exception as error:
         raise _Unrunnable(f"{type(error).__name__}: {error}") from error
     with _autocast(ambient[1], samples):
-        got, _ = _run(new, samples, differentiable, upstream, generator)
+        got, _ = _run(new, samples, differentiable, upstream, generators)
     names = [f"output {i}" for i in range(len(site.outputs))]
     names += [f"gradient of {match_of.get(n, (None, n.name))[1]}" for n in differentiable]
-    coarsest = max((FLOOR.get(m.dtype, 0.0) for n in (*site.inputs, *site.covered) if (m := tensor_meta(n))), default=0.0)
+    metas = [m for n in (*site.inputs, *site.covered) if (m := tensor_meta(n)) is not None]
+    coarsest = max((FLOOR.get(m.dtype, 0.0) for m in metas), default=0.0)
     return [_check(*row, coarsest) for row in zip(names, got, expected, true, strict=True)]
 
 
 def _run(
-    function: Callable, samples: dict, differentiable: list, upstream: list | None, generator: torch.Generator
+    function: Callable, samples: dict, differentiable: list, upstream: list | None, generators: dict
 ) -> tuple[list, list]:
     """Outputs and gradients of `function`; a fresh upstream gradient where none is given."""
     leaves = {n: s.detach().requires_grad_(n in differentiable) for n, s in samples.items()}
@@ -165,7 +174,7 @@ def _run(
         results = function(leaves)
         results = list(results) if isinstance(results, tuple | list) else [results]
         if upstream is None:
-            upstream = [torch.randn(r.shape, generator=generator, dtype=torch.float64).to(r.device) for r in results]
+            upstream = [torch.randn(r.shape, generator=generators[r.device], device=r.device) for r in results]
         gradients: list = []
         if differentiable:
             live = [(r, u.to(r.dtype)) for r, u in zip(results, upstream, strict=True) if r.requires_grad]
@@ -195,6 +204,10 @@ def _check(
     return Check(what, str(new.dtype).removeprefix("torch."), old_error / (size or 1), new_error / (size or 1), passed)
 
 
+def _cut(meta: TensorMeta, sizes: dict[int, int]) -> tuple[int, ...]:
+    return tuple(sizes.get(s, s) for s in meta.shape)
+
+
 def _sample(
     given: Any, meta: TensorMeta, shape: tuple[int, ...], scale: float, generator: torch.Generator
 ) -> torch.Tensor:
@@ -203,19 +216,19 @@ def _sample(
     if given is None:
         base = [1 if e else n for e, n in zip(expanded, shape, strict=True)]
         if meta.dtype.is_floating_point:
-            given = torch.randn(base, generator=generator, dtype=torch.float64)
+            given = torch.randn(base, generator=generator, device=meta.device)
             if meta.ndim > 1:
                 given = given * scale
         else:
-            given = torch.randint(0, 2, base, generator=generator)
+            given = torch.randint(0, 2, base, generator=generator, device=meta.device)
         given = given.expand(shape)
     order = sorted(range(meta.ndim), key=lambda d: -meta.stride[d])
-    given = given.to(meta.dtype)
+    given = given.to(meta.device, meta.dtype)
     if not any(expanded):
         dense = given.permute(order).contiguous()
         inverse = [order.index(d) for d in range(meta.ndim)]
         given = dense.permute(inverse) if meta.ndim else given
-    return given.to(meta.device)
+    return given
 
 
 class _autocast:

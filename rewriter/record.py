@@ -1,0 +1,90 @@
+"""From what `rewrite` did to one graph to the report's entries: module paths, names, sources."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from rewriter.legality import Site
+from rewriter.paths import site_path
+from rewriter.report import CheckResult, NearMiss, Rewrite
+from rewriter.rewrite import Refusal, Result
+from rewriter.verify import Verification
+
+
+@dataclass
+class GraphRecord:
+    """One compiled graph. base: the region it was compiled for; paths: every region that ran it since."""
+
+    base: str
+    kind: str
+    code: Any
+    rewrites: list[Rewrite]
+    misses: list[NearMiss]
+    paths: dict[str, None] = field(default_factory=dict)
+
+
+class ModulePaths:
+    """id of a module -> its path in the model, as it is at the last `refresh`."""
+
+    def __init__(self, model: nn.Module | None):
+        self._model = weakref.ref(model) if model is not None else lambda: None
+        self._known: dict[int, str] = {}
+
+    def refresh(self) -> None:
+        model = self._model()
+        self._known = {} if model is None else {id(m): name for name, m in model.named_modules()}
+
+    def of(self, module_id: int) -> str | None:
+        return self._known.get(module_id)
+
+
+class _Ordinals:
+    """A second site at the same module path gets `#2`, and so on."""
+
+    def __init__(self) -> None:
+        self._count: Counter[tuple[str, str]] = Counter()
+
+    def name(self, pattern: str, path: str) -> str:
+        self._count[pattern, path] += 1
+        n = self._count[pattern, path]
+        return path if n == 1 else f"{path}#{n}"
+
+
+def rewrites_of(result: Result, base: str, modules: ModulePaths) -> list[Rewrite]:
+    """The report's entries for the sites of one graph, with paths in the region `base`."""
+    names = _Ordinals()
+    return [_rewrite(site, proof, names, base, modules) for site, proof in result.applied]
+
+
+def misses_of(result: Result, base: str, modules: ModulePaths) -> list[NearMiss]:
+    """The report's entries for what was left alone in one graph."""
+    return [_miss(refusal, base, modules) for refusal in result.refused]
+
+
+def _rewrite(site: Site, proof: Verification | None, names: _Ordinals, base: str, modules: ModulePaths) -> Rewrite:
+    path = site_path(site.outputs, site.covered, base, modules.of)
+    checks = tuple(CheckResult(c.what, c.dtype, c.old_error, c.new_error) for c in proof.checks) if proof else ()
+    return Rewrite(
+        site.pattern,
+        (names.name(site.pattern, path),),
+        getattr(site.call.fn, "__name__", repr(site.call.fn)),
+        dict(site.call.note),
+        len(site.covered),
+        checks,
+        bool(site.lazy),
+    )
+
+
+def _miss(refusal: Refusal, base: str, modules: ModulePaths) -> NearMiss:
+    node = refusal.node
+    path = site_path((node,), (node,), base, modules.of) if node is not None else base
+    source = ""
+    if node is not None and node.meta.get("stack_trace"):
+        lines = [line.strip() for line in node.meta["stack_trace"].strip().splitlines()]
+        source = " ".join(lines[-2:]) if len(lines) >= 2 else lines[-1]
+    return NearMiss(refusal.pattern, (path,), refusal.reason, node.name if node is not None else "", source)

@@ -1,0 +1,116 @@
+"""The training benchmark runs, and voids what did not train."""
+
+import copy
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parents[2] / "bench"
+SHORT = ["--device", "cpu", "--steps", "2", "--warmup", "1"]
+
+
+@pytest.fixture
+def training(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    yield importlib.import_module("training")
+    for name in ("training", "works"):
+        sys.modules.pop(name, None)
+
+
+def task(**changes):
+    fixed = {"checkpointing": False, "device": "cpu", "seed": 0, "warmup": 1, "steps": 2, "profile": False}
+    return {"work": "tiny-full", "mode": "eager", **fixed, **changes}
+
+
+def result(mode, **changes):
+    measured = {"loss": 6.0, "grad_norm": 1.0, "parameters_with_gradient": 21, "median_ms": 10.0}
+    return {**task(mode=mode), "status": "ok", "why": "", **measured, **changes}
+
+
+def test_it_measures_eager_and_ours(tmp_path):
+    out = tmp_path / "training.json"
+    command = [
+        sys.executable,
+        BENCH / "training.py",
+        "--work",
+        "tiny-lora,tiny-full",
+        "--modes",
+        "eager,rewriter-eager",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *SHORT, "--out", out], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = {(r["work"], r["mode"]): r for r in json.loads(out.read_text())["runs"]}
+    assert len(runs) == 4
+    for work in ("tiny-lora", "tiny-full"):
+        eager, ours = runs[work, "eager"], runs[work, "rewriter-eager"]
+        assert eager["status"] == ours["status"] == "ok"
+        assert eager["losses"] == pytest.approx(ours["losses"], rel=1e-4)
+        assert eager["losses"][0] > eager["losses"][-1]
+        assert eager["grad_norm"] == pytest.approx(ours["grad_norm"], rel=1e-3)
+        assert ours["report"]["coverage"]["rms_norm"][0] == 5  # two blocks and the last norm
+        assert ours["environment"]["torch"]
+        assert f"{work}  " in done.stdout and len(ours["step_ms"]) == 2
+    assert runs["tiny-lora", "eager"]["trained_parameters"] < runs["tiny-full", "eager"]["trained_parameters"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"loss": math.nan}, "nan"),
+        ({"grad_norm": math.inf}, "inf"),
+        ({"grad_norm": 0.0}, "zero"),
+        ({"loss": 6.2}, "eager's is 6.0000"),
+        ({"parameters_with_gradient": 20}, "20 parameters"),
+        ({"checkpointing": True}, "no eager run"),
+    ],
+)
+def test_a_run_that_did_not_train_is_void(training, changes, reason):
+    runs = [result("eager"), result("rewriter-eager", **changes)]
+    training.judge(runs)
+    assert [r["status"] for r in runs] == ["ok", "void"]
+    assert reason in runs[1]["why"]
+    assert "void" in training.table(runs).splitlines()[2]
+
+
+def test_judging_again_changes_nothing(training):
+    runs = [result("eager"), result("liger", loss=6.1, median_ms=5.0), result("rewriter-eager", loss=7.0)]
+    training.judge(runs)
+    once = copy.deepcopy(runs)
+    training.judge(runs)
+    assert runs == once
+    assert [r["status"] for r in runs] == ["ok", "ok", "void"]
+    assert runs[1]["speedup"] == 2.0
+
+
+def test_a_configuration_that_takes_too_long_is_killed(training):
+    killed = training.run(task(), limit=0.2, keep_caches=False)
+    assert (killed["status"], killed["why"]) == ("failed", "not done after 0.2 s")
+    assert "failed" in training.table([killed])
+
+
+def test_a_profile_counts_overlap_once(training):
+    summary = importlib.import_module("training_worker").summary
+    sys.modules.pop("training_worker")
+    events = [
+        {"name": "matmul", "ts": 0.0, "dur": 4000.0},
+        {"name": "copy", "ts": 2000.0, "dur": 4000.0},
+        {"name": "matmul", "ts": 10000.0, "dur": 2000.0},
+    ]
+    got = summary(events)
+    assert got["gpu_busy_ms"] == 4.0  # 6 ms and 2 ms, in two steps
+    assert got["kernels"] == 1.5
+    assert got["top"][0] == {"name": "matmul", "ms": 3.0, "calls": 1.0}
+
+
+@pytest.mark.parametrize("bad", [["--work", "gpt-17-full"], ["--modes", "magic"], ["--append"]])
+def test_wrong_arguments_are_refused(bad):
+    done = subprocess.run([sys.executable, BENCH / "training.py", *bad], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "error:" in done.stderr and "Traceback" not in done.stderr

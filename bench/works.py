@@ -1,7 +1,7 @@
 """The training works that are measured: a model's shape, what is trained, and the batch. Weights are random.
 
 A work's name is `<model>-<method>`: qwen2-1.5b-lora, llama-1b-full ... Methods: `lora` (PEFT, rank 16 on all linear
-layers of the blocks, adapters in the dtype that PEFT gives them), `full` (every weight trains).
+layers of the blocks, adapters in the weights' dtype), `full` (every weight trains).
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _with_lora(model: nn.Module, seed: int) -> nn.Module:
 
     torch.manual_seed(seed)
     options = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
-    return get_peft_model(model, options)
+    return get_peft_model(model, options, autocast_adapter_dtype=False)
 
 
 def batch(name: str, device: str, seed: int) -> dict[str, torch.Tensor]:

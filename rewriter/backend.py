@@ -38,7 +38,7 @@ class Backend:
             target, result = self.rewritten(gm)
         except Exception as error:  # never break a training run: the captured graph is still there
             log.warning("a graph is left as it was: %s: %s", type(error).__name__, error, exc_info=True)
-            session.fallback("", f"graph left as it was: {type(error).__name__}: {error}")
+            session.fallback(session.running(), f"graph left as it was: {type(error).__name__}: {error}")
             target, result = gm, Result()
         record = session.record(result, code)
         if options.strict and (record.misses or target is gm):

@@ -77,6 +77,8 @@ class Legality:
                 name = next(iter(match.rounded))
                 raise Illegal(f"autocast rounds {name} to {match.rounded[name]} first", match.output)
         call = first.pattern.replacement(*matches)
+        if not isinstance(call, Call):
+            raise Illegal(f"its replacement is a {type(call).__name__}, not a Call", first.output)
         # Usually the holes; a replacement may also read what holes are cut from, and then the cuts are covered.
         arguments = pytree.tree_leaves((call.args, dict(call.kwargs)))
         inputs = tuple(dict.fromkeys(n for n in arguments if isinstance(n, fx.Node)))

@@ -28,7 +28,8 @@ def plugins() -> dict[str, Pattern]:
         try:
             loaded = entry.load()
             pattern = loaded() if isinstance(loaded, type) else loaded
-            found[pattern.name or entry.name] = pattern
+            _check(pattern)
+            found[pattern.name] = pattern
         except Exception as error:  # somebody else's package must not stop a training run
             log.warning("pattern plugin %r can't be loaded: %s: %s", entry.name, type(error).__name__, error)
     return found
@@ -43,8 +44,8 @@ def select(patterns: Iterable[str | Pattern] | None, exclude: Iterable[str]) -> 
     for item in given:
         if not isinstance(item, str | Pattern):
             raise TypeError(f"a pattern is a name or a rewriter.Pattern, not {type(item).__name__}")
-        if isinstance(item, Pattern) and not (item.name and item.references):
-            raise ValueError(f"{type(item).__name__} needs a name and at least one reference")
+        if isinstance(item, Pattern):
+            _check(item)
     own = {p.name: p for p in given if isinstance(p, Pattern)}
     names = [p for p in given if isinstance(p, str)]
     excluded = list(exclude)
@@ -53,3 +54,16 @@ def select(patterns: Iterable[str | Pattern] | None, exclude: Iterable[str]) -> 
             raise ValueError(f"unknown pattern {name!r}; known are {', '.join(sorted({*known, *own}))}")
     chosen = {n: known[n] for n in names if n in known} if names else known
     return tuple(p for n, p in {**chosen, **own}.items() if n not in excluded)
+
+
+def _check(pattern: Pattern) -> None:
+    """Refuse a pattern that can't work, before a model is touched."""
+    if not isinstance(pattern, Pattern):
+        raise TypeError(f"a pattern is a rewriter.Pattern, not {type(pattern).__name__}")
+    if not (pattern.name and pattern.references):
+        raise ValueError(f"{type(pattern).__name__} needs a name and at least one reference")
+    for reference in pattern.references:
+        try:
+            reference.traced  # noqa: B018  traced once, here rather than inside a training step
+        except Exception as error:
+            raise ValueError(f"a reference of pattern {pattern.name!r} can't be traced: {error}") from error

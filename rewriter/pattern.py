@@ -98,11 +98,17 @@ class Match:
 
     def attrs(self, op: str) -> tuple:
         """Canonical attributes of the matched operator `op` (the first of that name in the reference)."""
-        return next(g.attrs for p, g in self.bound.items() if p.op == op)
+        return self._operator(op).attrs
 
     def dtype(self, op: str) -> torch.dtype:
         """The dtype that the matched operator `op` yields."""
-        return next(g.meta.dtype for p, g in self.bound.items() if p.op == op)
+        return self._operator(op).meta.dtype
+
+    def _operator(self, op: str) -> Value:
+        for reference, value in self.bound.items():
+            if reference.op == op:
+                return value
+        raise KeyError(f"no operator {op!r} in this match; it has {sorted({p.op for p in self.bound})}")
 
     def rounds(self, consumer: str, producer: str) -> bool:
         """Whether a narrowing cast stands between two matched operators."""
@@ -134,6 +140,12 @@ class Pattern:
     rounded_inputs: bool = False
     row_operators: bool = False
     lazy: bool = False
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
 
     def check(self, match: Match) -> str | None:
         """A sentence that says why this match can't be replaced, or None."""

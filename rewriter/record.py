@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections import Counter
 from dataclasses import dataclass, field
@@ -83,8 +84,15 @@ def _rewrite(site: Site, proof: Verification | None, names: _Ordinals, base: str
 def _miss(refusal: Refusal, base: str, modules: ModulePaths) -> NearMiss:
     node = refusal.node
     path = site_path((node,), (node,), base, modules.of) if node is not None else base
-    source = ""
-    if node is not None and node.meta.get("stack_trace"):
-        lines = [line.strip() for line in node.meta["stack_trace"].strip().splitlines()]
-        source = " ".join(lines[-2:]) if len(lines) >= 2 else lines[-1]
+    source = _source_line(node.meta.get("stack_trace") or "") if node is not None else ""
     return NearMiss(refusal.pattern, (path,), refusal.reason, node.name if node is not None else "", source)
+
+
+def _source_line(stack_trace: str) -> str:
+    """`file:line: code` of the innermost frame of a stack trace."""
+    lines = [line.strip() for line in stack_trace.splitlines()]
+    for i in reversed(range(len(lines))):
+        if (found := re.match(r'File "(.*)", line (\d+)', lines[i])) is not None:
+            code = lines[i + 1] if i + 1 < len(lines) else ""
+            return f"{found[1]}:{found[2]}: {code}"
+    return ""

@@ -62,6 +62,8 @@ class Fuel:
 
     def __init__(self) -> None:
         text = os.environ.get("REWRITER_FUEL")
+        if text and not text.isdigit():
+            raise ValueError(f"REWRITER_FUEL is a number of rewrites, not {text!r}")
         self.left = int(text) if text else None
 
     def take(self) -> bool:
@@ -77,6 +79,8 @@ def rewrite(gm: fx.GraphModule, patterns: Iterable[Pattern], proofs: Proofs, fue
     with torch._guards.tracing(None):  # what runs on fake tensors here must not touch the shapes Dynamo is tracing
         sites = choose_sites(gm.graph, patterns, proofs, result)
     kept = [(site, proof) for site, proof in sites if fuel.take()]
+    for site, _ in sites[len(kept) :]:
+        result.refused.append(Refusal(site.pattern, "REWRITER_FUEL is used up", site.outputs[0], 1.0))
     result.lazy = replace_sites(gm, [site for site, _ in kept])
     result.applied = kept
     for site, _ in kept:
@@ -122,8 +126,8 @@ def choose_sites(
     return sorted(accepted, key=lambda pair: legality.position[pair[0].outputs[0]])
 
 
-def _guarded(action: Callable, pattern: Pattern, refused: dict) -> Any:
-    """Run a plugin's code; what it raises becomes a reason."""
+def _guarded(action: Callable, pattern: Pattern, refused: dict, root: Value | None = None) -> Any:
+    """Run a plugin's code; what it raises becomes a reason, for the match with this root if there is one."""
     try:
         return action()
     except Illegal as error:
@@ -131,7 +135,7 @@ def _guarded(action: Callable, pattern: Pattern, refused: dict) -> Any:
     except Exception as error:
         reason = f"the pattern raised {type(error).__name__}: {error}"
         log.warning("%s: %s", pattern.name, reason)
-        refused[pattern.name, reason] = Refusal(pattern.name, reason, None, 1.0)
+        refused[pattern.name, root or reason] = Refusal(pattern.name, reason, _real(root), 1.0)
         return None
 
 
@@ -147,7 +151,7 @@ def _legal_site(legality: Legality, match: Match, refused: dict) -> Site | None:
         if variant is None:
             continue
         try:
-            site = _guarded(lambda v=variant: legality.site((v,)), match.pattern, refused)
+            site = _guarded(lambda v=variant: legality.site((v,)), match.pattern, refused, match.root)
             if site is not None:
                 return site
         except Illegal as error:

@@ -104,10 +104,14 @@ class Session:
 
     # ---- while a graph is compiled
 
+    def running(self) -> str:
+        """Path of the region that is running in this thread."""
+        frame = context.current()
+        return frame.path if frame else ""
+
     def record(self, result: Result, code: Any) -> GraphRecord:
         """Keep what `rewrite` did to a graph; called before the graph first runs."""
-        frame = context.current()
-        base = frame.path if frame else ""
+        base = self.running()
         self._modules.refresh()
         rewrites, misses = rewrites_of(result, base, self._modules), misses_of(result, base, self._modules)
         record = GraphRecord(base, self.kinds.get(base, "model"), code, rewrites, misses)

@@ -1,4 +1,4 @@
-"""Hand-written transformers in different styles; none knows of any library. Each takes (ids, targets) and gives a loss."""
+"""Hand-written transformers in different styles, with no library. Each takes (ids, targets) and gives a loss."""
 
 import math
 
@@ -11,7 +11,7 @@ VOCABULARY, WIDTH, HEADS, LAYERS = 96, 32, 4, 2
 HEAD = WIDTH // HEADS
 
 
-def angles(length, device=None, size=HEAD):
+def angles(length, size, device):
     frequency = 10000.0 ** (-torch.arange(0, size, 2, device=device) / size)
     return torch.outer(torch.arange(length, device=device).float(), frequency)
 
@@ -30,18 +30,18 @@ def rotate_half(x):
 
 
 def rotary_half(x):
-    table = angles(x.shape[-2], x.device).repeat(1, 2)
+    table = angles(*x.shape[-2:], x.device).repeat(1, 2)
     return x * table.cos().to(x.dtype) + rotate_half(x) * table.sin().to(x.dtype)
 
 
 def rotary_interleaved(x):
-    table = angles(x.shape[-2], x.device).repeat_interleave(2, dim=-1)
+    table = angles(*x.shape[-2:], x.device).repeat_interleave(2, dim=-1)
     rotated = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
     return x * table.cos().to(x.dtype) + rotated * table.sin().to(x.dtype)
 
 
 def rotary_complex(x):
-    table = angles(x.shape[-2], x.device)
+    table = angles(*x.shape[-2:], x.device)
     turn = torch.polar(torch.ones_like(table), table)
     return torch.view_as_real(torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * turn).flatten(-2).to(x.dtype)
 

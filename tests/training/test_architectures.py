@@ -1,4 +1,4 @@
-"""Three training steps of each architecture, beside a copy that was never optimised: loss, every gradient, every site."""
+"""Three training steps of each architecture beside a copy that was never optimised: loss, gradients, sites."""
 
 from functools import partial
 

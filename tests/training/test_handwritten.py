@@ -17,12 +17,9 @@ MODELS = {
     handwritten.BodyAndHead: ALL,
     handwritten.Stacked: ALL,
     handwritten.Checkpointed: ALL,
-    handwritten.Functional: {**ALL, "linear_cross_entropy": 0},  # its head multiplies from the right: TODO
-    handwritten.Outer: {
-        **ALL,
-        "rotary": 0,
-        "linear_cross_entropy": 0,
-    },  # complex numbers; classes not in the last dimension
+    handwritten.Functional: ALL,
+    # complex numbers, and classes that are not in the last dimension
+    handwritten.Outer: {**ALL, "rotary": 0, "linear_cross_entropy": 0},
     handwritten.TwoStacks: dict(rms_norm=4 * LAYERS + 2, rotary=4 * LAYERS, glu=2 * LAYERS, linear_cross_entropy=1),
     unruly.InPlace: {**ALL, "linear_cross_entropy": 0},  # the logits are written in place
     unruly.Remembering: ALL,

@@ -1,4 +1,4 @@
-"""Hand-written transformers that do what compilers dislike: in-place operators, printing, control flow on data, state."""
+"""Hand-written transformers that do what compilers dislike: writes in place, printing, control flow on data, state."""
 
 import logging
 
@@ -27,7 +27,7 @@ class InPlace(OneForward):
 
 
 class Half(nn.Module):
-    """bfloat16 stream with norms in float32: writing the stream in place is allowed, since the norm keeps its own copy."""
+    """Norm in float32 of a bfloat16 stream: the stream may be written in place, since the norm keeps its own copy."""
 
     def __init__(self):
         super().__init__()

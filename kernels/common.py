@@ -24,6 +24,11 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 LIBRARY = torch.library.Library("rewriter", "FRAGMENT")
 
 
+# Dynamo takes the families' public functions into its graphs whole and leaves their autograd to AOTAutograd. Looking
+# into an autograd.Function itself, Dynamo of torch 2.11 gives linear_cross_entropy a wrong gradient (2.13 a right one).
+traceable = torch.compiler.allow_in_graph
+
+
 def jit(function):
     """`triton.jit` where Triton exists, so that a module with kernels can be imported anywhere.
 

@@ -22,11 +22,13 @@ from .common import (
     rows,
     tile,
     tl,
+    traceable,
     triton_dtype,
     use_triton,
 )
 
 
+@traceable
 def glu(gate, up, *, activation):
     """act(gate) * up in float32 (float64 for float64 inputs), one rounding; activation: a name in ACTIVATIONS.
 
@@ -39,6 +41,7 @@ def glu(gate, up, *, activation):
     return _GLU.apply(gate, up, activation)
 
 
+@traceable
 def glu_packed(x, *, activation, gate_first=True):
     """act(gate) * up with x = [gate, up] (or [up, gate]) packed along the last dimension; one gradient for x.
 

@@ -24,11 +24,13 @@ from .common import (
     register,
     tanh,
     tl,
+    traceable,
     triton_dtype,
     use_triton,
 )
 
 
+@traceable
 def linear_cross_entropy(
     x, weight, target, *, bias=None, ignore_index=-100, reduction="mean", label_smoothing=0.0, scale=1.0, softcap=None,
     matmul_dtype=None, out_dtype=None, chunk_tokens=None,

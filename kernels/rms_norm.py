@@ -27,11 +27,13 @@ from .common import (
     rows,
     tile,
     tl,
+    traceable,
     triton_dtype,
     use_triton,
 )
 
 
+@traceable
 def rms_norm(x, weight, eps, *, offset=0.0, round_before_weight=False, out_dtype=None):
     """Root-mean-square norm over the last dimension, computed in float32 (float64 for float64 inputs).
 

@@ -26,11 +26,13 @@ from .common import (
     on_device,
     register,
     tl,
+    traceable,
     triton_dtype,
     use_triton,
 )
 
 
+@traceable
 def rotary(q, k, cos, sin, *, interleaved=False):
     """Rotate q and k, computed in float32 (float64 for float64 inputs) with one rounding at the end.
 

@@ -21,6 +21,7 @@ from rewriter import context
 from rewriter.regions import Region
 
 _MARK = "_rewriter_attachment"
+_REPLICATE = "_replicate_for_data_parallel"
 REASON = "region of rewriter"
 
 
@@ -30,6 +31,10 @@ class Attachment:
 
     path: str
     previous: Callable | None
+    forward: Callable
+
+    def __reduce__(self) -> Any:
+        return (_nothing, ())  # an unpickled model is a plain one: bound methods are looked up on its class
 
 
 def attached(module: nn.Module) -> Attachment | None:
@@ -40,20 +45,40 @@ def attach(region: Region, wrap: Callable[[Callable], Callable]) -> None:
     """Give the region's module the forward `wrap(unbound forward)`."""
     module = region.module
     previous = module.__dict__.get("forward")
-    module.__dict__["forward"] = types.MethodType(wrap(_unbound(module, previous)), module)
-    module.__dict__[_MARK] = Attachment(region.path, previous)
+    if getattr(previous, "__func__", None) is type(module).forward:
+        previous = None  # left by unpickling: a bound method of the class is what the class gives anyway
+    forward = types.MethodType(wrap(_unbound(module, previous)), module)
+    module.__dict__.update({"forward": forward, _REPLICATE: types.MethodType(_replicate_for_data_parallel, module)})
+    module.__dict__[_MARK] = Attachment(region.path, previous, forward.__func__)
 
 
 def detach(module: nn.Module) -> bool:
-    """Undo `attach`; whether there was anything to undo."""
+    """Undo `attach`; whether there was anything to undo.
+
+    A forward that somebody put over ours stays: ours, still inside it, then only passes the call on.
+    """
     attachment = module.__dict__.pop(_MARK, None)
+    module.__dict__.pop(_REPLICATE, None)
     if attachment is None:
         return False
+    if getattr(module.__dict__.get("forward"), "__func__", None) is not attachment.forward:
+        return True
     if attachment.previous is None:
-        module.__dict__.pop("forward", None)
+        del module.__dict__["forward"]
     else:
         module.__dict__["forward"] = attachment.previous
     return True
+
+
+def _replicate_for_data_parallel(self: nn.Module) -> nn.Module:
+    """nn.DataParallel copies `__dict__`, bound methods too: a replica must run its own forward, not the original's."""
+    replica = type(self)._replicate_for_data_parallel(self)
+    replica.__dict__.pop("forward", None)
+    return replica
+
+
+def _nothing() -> None:
+    return None
 
 
 def _unbound(module: nn.Module, previous: Callable | None) -> Callable:
@@ -81,7 +106,7 @@ def opaque_forward(forward: Callable, session: Any) -> Callable:
 
     @functools.wraps(forward)
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if place is not None and torch.is_grad_enabled() and len(args) < place and not session.closed:
+        if place is not None and torch.is_grad_enabled() and len(args) < place and attached(self):
             if kwargs.get("use_cache") is None and kwargs.get("past_key_values") is None:
                 kwargs["use_cache"] = False
                 session.note("training steps run with use_cache=False: their outputs carry no past_key_values")
@@ -95,10 +120,10 @@ def region_forward(forward: Callable, compiled: Callable, session: Any, kind: st
 
     @functools.wraps(forward)
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not session.wants(kind, self, args, kwargs):
-            return forward(self, *args, **kwargs)
         mark = attached(self)
-        frame = context.push(mark.path if mark else "")
+        if mark is None or not session.wants(kind, args, kwargs):
+            return forward(self, *args, **kwargs)
+        frame = context.push(mark.path)
         try:
             result = compiled(self, *args, **kwargs)
         except torch._dynamo.exc.BackendCompilerFailed as error:

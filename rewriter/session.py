@@ -55,7 +55,6 @@ class Session:
         self._seen: set[tuple[str, int]] = set()
         self._training_calls: set[frozenset[str]] = set()
         self._lock = threading.Lock()
-        self.closed = False
 
     def __deepcopy__(self, memo: dict) -> Session:
         return self
@@ -65,9 +64,9 @@ class Session:
 
     # ---- while the model runs
 
-    def wants(self, kind: str, module: nn.Module, args: tuple, kwargs: dict) -> bool:
+    def wants(self, kind: str, args: tuple, kwargs: dict) -> bool:
         """Whether this call should run compiled. Inference runs the model's own code: caches would recompile it."""
-        if self.closed or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return False
         if kind != "model":
             return torch.is_grad_enabled()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,7 +15,7 @@ from rewriter.backend import Backend, default_session
 from rewriter.execute import EXECUTORS
 from rewriter.library import select
 from rewriter.pattern import Pattern
-from rewriter.regions import find_regions
+from rewriter.regions import Region, find_regions
 from rewriter.report import RewriteReport
 from rewriter.session import Options, Session
 
@@ -153,11 +154,12 @@ def _install(model: nn.Module, options: Options) -> Session:
     backend = Backend(session)
     model.__dict__[_SESSION] = session
     shared: dict[Any, Callable] = {}
-    for order, region in enumerate(find_regions(model)):
-        session.order[region.path] = order
+
+    def install(region: Region) -> None:
         session.kinds[region.path] = region.kind
 
-        def wrap(forward: Callable, kind: str = region.kind) -> Callable:
+        def wrap(forward: Callable) -> Callable:
+            kind = region.kind
             if kind == "body":
                 return opaque_forward(forward, session)
             if (forward, kind) not in shared:
@@ -166,4 +168,17 @@ def _install(model: nn.Module, options: Options) -> Session:
             return shared[forward, kind]
 
         attach(region, wrap)
+
+    def compile_inlined_blocks() -> None:
+        for region in inlined:
+            install(dataclasses.replace(region, kind="block"))
+
+    regions = find_regions(model)
+    session.order = {region.path: i for i, region in enumerate(regions)}
+    inlined = [r for r in regions if r.kind == "inlined"]
+    for region in regions:
+        if region.kind != "inlined":
+            install(region)
+    if inlined:
+        session.when_in_pieces = compile_inlined_blocks
     return session

@@ -110,14 +110,14 @@ def _lazy_tensor(spec: LazyOutput, args: tuple, results: list) -> LazyTensor:
     ambient = spec.ambient or (True, ())
     device = next(v.device for v in values if isinstance(v, torch.Tensor))
 
-    def compute() -> torch.Tensor:
+    def compute(*values: torch.Tensor) -> torch.Tensor:
         casts = dict(ambient[1])
         cast = torch.autocast(device.type, dtype=casts.get(device.type), enabled=device.type in casts)
         with torch.set_grad_enabled(grad), cast:
             return spec.module(*values)[0]
 
     shape = spec.shape_of(tuple(tuple(v.shape) for v in values))
-    return LazyTensor(compute, shape, spec.meta.dtype, device, grad)
+    return LazyTensor(compute, values, shape, spec.meta.dtype, device, grad)
 
 
 _default: Session | None = None

@@ -1,15 +1,19 @@
 """A tensor that a model returns but its loss didn't need: shape, dtype and device are there, values come on demand.
 
 Metadata and copies of it (`detach`, `float`, `to(dtype)`) cost nothing. Anything else computes it once, with the graph
-that the model had, so a gradient through it is exact.
+that the model had, so a gradient through it is exact. It stays what it was when an optimizer changes the weights: then
+it keeps a copy of those it needs. Another change in place of what it is computed from is an error when it is read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils import _pytree as pytree
 
 _METADATA = {
@@ -37,12 +41,13 @@ _GRADIENT = {torch.Tensor.retain_grad, torch.Tensor.register_hook, torch.Tensor.
 
 
 class LazyTensor(torch.Tensor):
-    """Computes itself with `compute()` at the first use of its values."""
+    """Computes itself with `compute(*sources)` at the first use of its values."""
 
     @staticmethod
     def __new__(
         cls,
-        compute: Callable[[], torch.Tensor],
+        compute: Callable[..., torch.Tensor],
+        sources: Sequence[torch.Tensor],
         shape: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device,
@@ -50,14 +55,30 @@ class LazyTensor(torch.Tensor):
     ) -> LazyTensor:
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device, requires_grad=False)
         self._compute, self._value, self._needs_grad = compute, None, needs_grad
+        self._sources = list(sources)
+        self._versions = [s._version for s in self._sources]
+        _remember(self)
         return self
 
     def materialize(self) -> torch.Tensor:
         """The plain tensor; computed at the first call."""
         if self._value is None:
-            self._value = self._compute()
-            self._compute = None
+            for source, version in zip(self._sources, self._versions, strict=True):
+                if source._version != version:
+                    raise RuntimeError(
+                        "this result is computed on demand, and what it is computed from was changed in place since "
+                        "the model returned it: read it before"
+                    )
+            self._value = self._compute(*self._sources)
+            self._compute, self._sources, self._versions = None, [], []
         return self._value
+
+    def keep_from(self, parameters: set[int]) -> None:
+        """Keep own copies of the sources among these parameters (by id), which are about to be written in place."""
+        for i, source in enumerate(self._sources):
+            if id(source) in parameters:
+                self._sources[i] = source.detach().clone()
+                self._versions[i] = self._sources[i]._version
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -104,4 +125,28 @@ def _follower(source: LazyTensor, func: Callable, args: tuple, kwargs: dict) -> 
     else:
         return None
     needs_grad = needs_grad and torch.is_grad_enabled()
-    return LazyTensor(lambda: func(source.materialize(), *args), tuple(source.shape), dtype, source.device, needs_grad)
+    shape = tuple(source.shape)
+    return LazyTensor(lambda: func(source.materialize(), *args), (), shape, dtype, source.device, needs_grad)
+
+
+_pending: dict[int, weakref.ref[LazyTensor]] = {}
+
+
+def _remember(tensor: LazyTensor) -> None:
+    """Keep track of it until it dies: an optimizer's step must not change what it will be computed from."""
+    if not _pending:
+        _watch_optimizers()
+    key = id(tensor)
+    _pending[key] = weakref.ref(tensor, lambda _: _pending.pop(key, None))
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        waiting = [t for ref in list(_pending.values()) if (t := ref()) is not None and t._sources]
+        if waiting:
+            parameters = {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
+            for tensor in waiting:
+                tensor.keep_from(parameters)
+
+    register_optimizer_step_pre_hook(before_step)

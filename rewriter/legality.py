@@ -71,8 +71,9 @@ class Legality:
         first = matches[0]
         for match in matches:
             reason = match.pattern.check(match)
-            if reason:
-                raise Illegal(reason, match.output)
+            if reason is not None:
+                words = isinstance(reason, str)
+                raise Illegal(reason if words else f"its check gave {reason!r}, not a sentence", match.output)
             if match.rounded and not match.pattern.rounded_inputs:
                 name = next(iter(match.rounded))
                 raise Illegal(f"autocast rounds {name} to {match.rounded[name]} first", match.output)
@@ -288,6 +289,10 @@ def _fake(meta: TensorMeta) -> torch.Tensor:
     return tensor.requires_grad_(meta.requires_grad) if meta.requires_grad else tensor
 
 
+def significant_strides(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Strides of dimensions longer than one: no other stride is ever used. A tensor without elements has none."""
+    return tuple(s for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1 and tensor.numel())
+
+
 def _significant(meta: TensorMeta) -> tuple[int, ...]:
-    """Strides of dimensions longer than one: no other stride is ever used."""
-    return tuple(s for s, n in zip(meta.stride, meta.shape, strict=True) if n > 1)
+    return tuple(s for s, n in zip(meta.stride, meta.shape, strict=True) if n > 1 and meta.numel())

@@ -24,7 +24,7 @@ AUTOCAST_ENTER = torch.amp.autocast_mode._enter_autocast
 AUTOCAST_EXIT = torch.amp.autocast_mode._exit_autocast
 
 # Calls whose effect is Python-side or in place on sizes: tracing them again would be wrong.
-_PLAIN_PYTHON = {operator.getitem, getattr, isinstance, torch.sym_int, torch.sym_float}
+_PLAIN_PYTHON = {isinstance, torch.sym_int, torch.sym_float}
 _RESIZING = ("resize_", "set_", "t_", "transpose_", "swapaxes_", "swapdims_", "unsqueeze_", "squeeze_", "as_strided_")
 
 
@@ -90,6 +90,8 @@ class Lowering:
         target = node.target
         if target is operator.getitem:  # indexing a tensor is an operator, indexing a tuple is not
             return isinstance(node.args[0], fx.Node) and isinstance(example(node.args[0]), torch.Tensor)
+        if target is getattr:  # an attribute such as `x.T` is an operator, one such as `x.shape` is not
+            return isinstance(example(node), torch.Tensor)
         if isinstance(target, torch._ops.HigherOrderOperator) or target in _PLAIN_PYTHON:
             return False
         if isinstance(target, torch._ops.OpOverload):

@@ -20,7 +20,11 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 @dataclass(frozen=True)
 class Region:
-    """A module compiled through its forward. kind: "block", "part", "body" (called opaquely) or "model"."""
+    """A module and how it is compiled.
+
+    kind: "block" and "part" through their own forward, "body" not at all (it calls them), "inlined" as a piece of the
+    model's graph, "model" as the outermost forward.
+    """
 
     path: str
     module: nn.Module
@@ -38,8 +42,8 @@ def find_regions(model: nn.Module) -> list[Region]:
     regions: list[Region] = []
     opaque = {i for i, (_, body) in owners.items() if body is not model and _is_opaque(model, body, blocks)}
     for path, group in groups:
-        if id(_owner(model, path)[1]) in opaque:
-            regions += [Region(p, m, "block") for p, m in group]
+        kind = "block" if id(_owner(model, path)[1]) in opaque else "inlined"
+        regions += [Region(p, m, kind) for p, m in group]
     for key in opaque:
         body_path, body = owners[key]
         for name, child in body.named_children():

@@ -46,12 +46,10 @@ def replace_sites(gm: fx.GraphModule, sites: list[Site]) -> list[LazyOutput]:
     """Rewrite the graph in place; the lazy outputs were removed from its output, in the order given back."""
     graph = gm.graph
     new: dict[fx.Node, fx.Node] = {}
-    promised = []
     order = {node: i for i, node in enumerate(graph.nodes)}
+    # Copies of the original operators, so they are taken before anything is spliced in.
+    promised = [(n, s, extract(s.inputs, _between(s, n), (n,))) for s in sites for n in s.lazy]
     for site in sorted(sites, key=lambda s: order[s.before]):
-        for node in site.lazy:
-            needed = _between(site, node)
-            promised.append((node, site, extract(site.inputs, needed, (node,))))
         _splice(graph, site, new)
     lazy = _delay_outputs(graph, promised, new)
     for site in reversed(sites):

@@ -189,7 +189,7 @@ def _groups(legality: Legality, sites: list[Site], refused: dict) -> list[list[S
         own.sort(key=lambda s: legality.position[s.outputs[0]])
         site_of = {id(s.matches[0]): s for s in own}
         matches = [s.matches[0] for s in own]
-        joined = _guarded(lambda p=pattern, m=matches: p.group(m), pattern, refused)
+        joined = _guarded(lambda p=pattern, m=matches: _partition(p.group(list(m)), m), pattern, refused)
         for group in joined if joined is not None else [(m,) for m in matches]:
             singles = [site_of[id(m)] for m in group]
             groups.append(singles)
@@ -198,6 +198,15 @@ def _groups(legality: Legality, sites: list[Site], refused: dict) -> list[list[S
                     groups[-1] = [legality.site(tuple(group)), *singles]
                 except Exception as error:  # a plugin's replacement may raise anything: its parts are tried alone
                     log.debug("%s: not joined: %s", pattern.name, error)
+    return groups
+
+
+def _partition(groups: Any, matches: list[Match]) -> list[tuple[Match, ...]]:
+    """What a pattern's `group` gave, checked: every match in exactly one group."""
+    groups = [tuple(group) for group in groups]
+    given = sorted(id(m) for group in groups for m in group)
+    if given != sorted(map(id, matches)) or not all(groups):
+        raise ValueError("group must give every match exactly once")
     return groups
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import re
 import threading
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +52,8 @@ class Session:
         self._modules = ModulePaths(model)
         self._fallbacks: Counter[tuple[str, str]] = Counter()
         self._notes: dict[str, None] = {}
-        self._breaks = Counter(counters["graph_break"])
+        self._breaks = _breaks()
+        self.when_in_pieces: Callable[[], None] | None = None
         self._seen: set[tuple[str, int]] = set()
         self._training_calls: set[frozenset[str]] = set()
         self._lock = threading.Lock()
@@ -80,6 +82,11 @@ class Session:
         """Called after a region ran; one that ran no graph of ours fell back to its own code."""
         if frame.graphs == 0 and kind != "model":
             self.fallback(frame.path, "ran without a compiled graph: Dynamo skipped it or hit its recompile limit")
+        if kind == "model" and self.when_in_pieces is not None and self._graph_breaks():
+            # Dynamo gave up on the outermost forward and went on with what it calls. Blocks that are regions of their
+            # own share their graphs whatever happens around them.
+            self.when_in_pieces()
+            self.when_in_pieces = None
 
     def note_run(self, record: GraphRecord) -> None:
         frame = context.current()
@@ -162,13 +169,17 @@ class Session:
         return tuple(regions)
 
     def _graph_breaks(self) -> tuple[GraphBreak, ...]:
-        news = Counter(counters["graph_break"])
-        news.subtract(self._breaks)
-        return tuple(GraphBreak(_headline(why), n) for why, n in news.items() if n > 0 and REASON not in why)
+        news = _breaks() - self._breaks
+        return tuple(GraphBreak(_headline(why), n) for why, n in news.items() if REASON not in why)
 
 
 def _nothing() -> None:
     return None
+
+
+def _breaks() -> Counter[str]:
+    """Why Dynamo broke graphs in this process; a frame it gave up altogether counts under another name."""
+    return Counter(counters["graph_break"]) | Counter(counters["unimplemented"])
 
 
 def _headline(reason: str) -> str:

@@ -19,7 +19,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from rewriter.legality import Site
+from rewriter.legality import Site, significant_strides
 from rewriter.meta import TensorMeta, tensor_meta
 from rewriter.subgraph import Float64, extract
 
@@ -89,6 +89,8 @@ def _verify(site: Site, seed: int) -> Verification:
                 )
             )
             return Verification(passed, tuple(checks.values()), reason)
+        except _Wrong as error:
+            return Verification(False, reason=str(error))
         except _Unrunnable as error:
             failure = str(error)
     return Verification(False, reason=f"could not be verified: {failure}")
@@ -96,6 +98,17 @@ def _verify(site: Site, seed: int) -> Verification:
 
 class _Unrunnable(Exception):
     """The original can't run at these sizes."""
+
+
+class _Wrong(Exception):
+    """Something other than its numbers is wrong with the replacement."""
+
+
+def _random_state() -> list[torch.Tensor]:
+    states = [torch.get_rng_state()]
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states.append(torch.cuda.get_rng_state())
+    return states
 
 
 def _plans(metas: list[TensorMeta]) -> list[dict[int, int]]:
@@ -133,6 +146,8 @@ def _compare(site: Site, sizes: dict[int, int], scale: float, seed: int) -> list
         if match is not None:
             shapes = {n: _cut(v.meta, sizes) for n, v in match.tensors.items()}
             given = match.pattern.sample(match, name, shapes, generator)
+            if scale != SCALES[0] and meta.dtype.is_floating_point:
+                given = None  # whatever a pattern likes to be tried on, once it is tried on plain numbers
         samples[node] = _sample(given, meta, _cut(meta, sizes), scale, generator)
     original = extract(site.inputs, site.covered, site.outputs, sizes)
     ambient = site.outputs[0].meta.get("ambient") or (True, ())
@@ -156,8 +171,19 @@ def _compare(site: Site, sizes: dict[int, int], scale: float, seed: int) -> list
             true, _ = _run(truth, exact, differentiable, upstream, generators)
     except Exception as error:
         raise _Unrunnable(f"{type(error).__name__}: {error}") from error
+    before = {n: s.clone() for n, s in samples.items()}
+    random_state = _random_state()
     with _autocast(ambient[1], samples):
         got, _ = _run(new, samples, differentiable, upstream, generators)
+    if not all(map(torch.equal, random_state, _random_state())):
+        torch.set_rng_state(random_state[0])
+        raise _Wrong("the replacement draws random numbers")
+    for node, sample in samples.items():
+        if not torch.equal(sample, before[node]):
+            raise _Wrong(f"the replacement writes its input {match_of.get(node, (None, node.name))[1]}")
+    for result, node in zip(got, site.outputs, strict=False):
+        if significant_strides(result) != significant_strides(expected[site.outputs.index(node)]):
+            raise _Wrong(f"the replacement's strides are {result.stride()} where {node.name} has others")
     names = [f"output {i}" for i in range(len(site.outputs))]
     names += [f"gradient of {match_of.get(n, (None, n.name))[1]}" for n in differentiable]
     metas = [m for n in (*site.inputs, *site.covered) if (m := tensor_meta(n)) is not None]

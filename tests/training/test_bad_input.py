@@ -47,6 +47,13 @@ def test_pattern_without_name_or_reference(linear):
         rewriter.optimize(linear, patterns=[rewriter.Pattern()])
 
 
+@pytest.mark.parametrize("reference", [rewriter.Reference(print, {"x": (2, 8)}), 5], ids=["raises", "number"])
+def test_reference_that_cannot_be_traced(linear, reference):
+    pattern = type("Odd", (rewriter.Pattern,), {"name": "odd", "references": (reference,)})
+    with pytest.raises((ValueError, TypeError), match="odd"):
+        rewriter.optimize(linear, patterns=[pattern])
+
+
 @pytest.mark.parametrize("executor", ["cuda", "", None, 3])
 def test_unknown_executor(linear, executor):
     with pytest.raises((ValueError, TypeError), match="eager"):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from rewriter import settings
-from rewriter.attach import attach, detach, opaque_forward, region_forward, traceable
+from rewriter.attach import attach, attached, detach, opaque_forward, region_forward, traceable
 from rewriter.backend import Backend, default_session
 from rewriter.execute import EXECUTORS
 from rewriter.library import select
@@ -138,9 +138,11 @@ def _session(model: Any) -> Session | None:
         raise TypeError(f"report takes a torch.nn.Module, not {type(model).__name__}")
     if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
         return default_session()
-    for module in model.modules():  # a wrapper may have been put around an optimised model
+    for module in model.modules():  # a wrapper may have been put around an optimised model, or taken off
         if module.__dict__.get(_SESSION) is not None:
             return module.__dict__[_SESSION]
+        if attached(module) is not None:
+            return attached(module).session
     return None
 
 
@@ -167,7 +169,7 @@ def _install(model: nn.Module, options: Options) -> Session:
                 shared[forward, kind] = region_forward(forward, compiled, session, kind)
             return shared[forward, kind]
 
-        attach(region, wrap)
+        attach(region, wrap, session)
 
     def compile_inlined_blocks() -> None:
         for region in inlined:
@@ -179,6 +181,7 @@ def _install(model: nn.Module, options: Options) -> Session:
     for region in regions:
         if region.kind != "inlined":
             install(region)
-    if inlined:
+    if len(inlined) > 1:
+        session.inlined = tuple(region.path for region in inlined)
         session.when_in_pieces = compile_inlined_blocks
     return session

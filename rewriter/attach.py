@@ -7,6 +7,7 @@ too.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import types
@@ -27,11 +28,15 @@ REASON = "region of rewriter"
 
 @dataclass(frozen=True)
 class Attachment:
-    """Left on a module: its path in the optimised model, and the instance-level forward that was there before."""
+    """Left on a module: its path in the optimised model, the instance-level forward before ours, and ours."""
 
     path: str
     previous: Callable | None
     forward: Callable
+    session: Any
+
+    def __deepcopy__(self, memo: dict) -> Attachment:
+        return Attachment(self.path, copy.deepcopy(self.previous, memo), self.forward, self.session)
 
     def __reduce__(self) -> Any:
         return (_nothing, ())  # an unpickled model is a plain one: bound methods are looked up on its class
@@ -41,7 +46,7 @@ def attached(module: nn.Module) -> Attachment | None:
     return module.__dict__.get(_MARK)
 
 
-def attach(region: Region, wrap: Callable[[Callable], Callable]) -> None:
+def attach(region: Region, wrap: Callable[[Callable], Callable], session: Any) -> None:
     """Give the region's module the forward `wrap(unbound forward)`."""
     module = region.module
     previous = module.__dict__.get("forward")
@@ -49,7 +54,7 @@ def attach(region: Region, wrap: Callable[[Callable], Callable]) -> None:
         previous = None  # left by unpickling: a bound method of the class is what the class gives anyway
     forward = types.MethodType(wrap(_unbound(module, previous)), module)
     module.__dict__.update({"forward": forward, _REPLICATE: types.MethodType(_replicate_for_data_parallel, module)})
-    module.__dict__[_MARK] = Attachment(region.path, previous, forward.__func__)
+    module.__dict__[_MARK] = Attachment(region.path, previous, forward.__func__, session)
 
 
 def detach(module: nn.Module) -> bool:

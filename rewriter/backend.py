@@ -40,7 +40,7 @@ class Backend:
             log.warning("a graph is left as it was: %s: %s", type(error).__name__, error, exc_info=True)
             session.fallback(session.running(), f"graph left as it was: {type(error).__name__}: {error}")
             target, result = gm, Result()
-        record = session.record(result, code)
+        record = session.record(result, gm.graph, code)
         if options.strict and (record.misses or target is gm):
             reasons = "; ".join(f"{m.pattern} at {', '.join(m.sites) or '<model>'}: {m.reason}" for m in record.misses)
             raise RewriteError(f"not everything was rewritten: {reasons or 'see the report'}")

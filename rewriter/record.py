@@ -19,7 +19,10 @@ from rewriter.verify import Verification
 
 @dataclass
 class GraphRecord:
-    """One compiled graph. base: the region it was compiled for; paths: every region that ran it since."""
+    """One compiled graph.
+
+    base: the region it was compiled for; paths: every region that ran it since; blocks: inlined blocks it holds.
+    """
 
     base: str
     kind: str
@@ -27,6 +30,7 @@ class GraphRecord:
     rewrites: list[Rewrite]
     misses: list[NearMiss]
     paths: dict[str, None] = field(default_factory=dict)
+    blocks: set[str] = field(default_factory=set)
 
 
 class ModulePaths:

@@ -52,7 +52,19 @@ def find_regions(model: nn.Module) -> list[Region]:
         regions.append(Region(body_path, body, "body"))
     seen: set[int] = set()
     unique = [r for r in regions if id(r.module) not in seen and not seen.add(id(r.module))]
-    return [*unique, Region("", model, "model")]
+    path, outermost = _outermost(model, owners) if opaque else ("", model)
+    return [*unique, Region(path, outermost, "model")]
+
+
+def _outermost(model: nn.Module, owners: dict) -> tuple[str, nn.Module]:
+    """The module that holds bodies and head, without wrappers around it that own nothing themselves."""
+    path, module = "", model
+    while len(children := list(module.named_children())) == 1 and not module._parameters:
+        name, child = children[0]
+        if id(child) in owners or isinstance(child, _CONTAINERS):
+            break
+        path, module = f"{path}.{name}" if path else name, child
+    return path, module
 
 
 def _block_groups(model: nn.Module) -> Iterator[tuple[str, list[tuple[str, nn.Module]]]]:

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch._dynamo.utils import counters
 
 from rewriter import context
 from rewriter.attach import REASON
 from rewriter.environment import environment
+from rewriter.paths import node_path
 from rewriter.pattern import Pattern
 from rewriter.record import GraphRecord, ModulePaths, misses_of, rewrites_of
 from rewriter.report import Fallback, GraphBreak, NearMiss, RegionReport, Rewrite, RewriteReport
@@ -53,6 +54,7 @@ class Session:
         self._fallbacks: Counter[tuple[str, str]] = Counter()
         self._notes: dict[str, None] = {}
         self._breaks = _breaks()
+        self.inlined: tuple[str, ...] = ()
         self.when_in_pieces: Callable[[], None] | None = None
         self._seen: set[tuple[str, int]] = set()
         self._training_calls: set[frozenset[str]] = set()
@@ -82,10 +84,11 @@ class Session:
         """Called after a region ran; one that ran no graph of ours fell back to its own code."""
         if frame.graphs == 0 and kind != "model":
             self.fallback(frame.path, "ran without a compiled graph: Dynamo skipped it or hit its recompile limit")
-        if kind == "model" and self.when_in_pieces is not None and self._graph_breaks():
-            # Dynamo gave up on the outermost forward and went on with what it calls. Blocks that are regions of their
-            # own share their graphs whatever happens around them.
-            self.when_in_pieces()
+        if kind == "model" and self.when_in_pieces is not None:
+            # Where Dynamo gave up on the outermost forward, no graph holds two blocks. Then they become regions of
+            # their own, which share their graphs whatever happens around them.
+            if not any(len(record.blocks) > 1 for record in self.graphs):
+                self.when_in_pieces()
             self.when_in_pieces = None
 
     def note_run(self, record: GraphRecord) -> None:
@@ -115,12 +118,15 @@ class Session:
         frame = context.current()
         return frame.path if frame else ""
 
-    def record(self, result: Result, code: Any) -> GraphRecord:
+    def record(self, result: Result, graph: fx.Graph, code: Any) -> GraphRecord:
         """Keep what `rewrite` did to a graph; called before the graph first runs."""
         base = self.running()
         self._modules.refresh()
         rewrites, misses = rewrites_of(result, base, self._modules), misses_of(result, base, self._modules)
         record = GraphRecord(base, self.kinds.get(base, "model"), code, rewrites, misses)
+        for node in graph.nodes:
+            path = node_path(node, base, self._modules.of)
+            record.blocks.update(block for block in self.inlined if path == block or path.startswith(block + "."))
         with self._lock:
             self.graphs.append(record)
         return record

@@ -34,16 +34,16 @@ def execute(gm: fx.GraphModule, example_inputs: list[Any], executor: str) -> Cal
 
 def with_checkpoints(gm: fx.GraphModule) -> None:
     """Run checkpointed bodies through torch.utils.checkpoint; the operator run raw forgets the random state."""
-    changed = False
-    for node in gm.graph.nodes:
-        if node.op != "call_function" or node.target is not _CHECKPOINT:
+    for module in gm.modules():  # bodies of checkpointed calls may checkpoint again
+        if not isinstance(module, fx.GraphModule):
             continue
-        options = {k: v for k, v in node.kwargs.items() if k in ("preserve_rng_state", "context_fn")}
-        node.kwargs = {**options, "use_reentrant": False}
-        node.target = _checkpointed
-        changed = True
-    if changed:
-        gm.recompile()
+        calls = [n for n in module.graph.nodes if n.op == "call_function" and n.target is _CHECKPOINT]
+        for node in calls:
+            options = {k: v for k, v in node.kwargs.items() if k in ("preserve_rng_state", "context_fn")}
+            node.kwargs = {**options, "use_reentrant": False}
+            node.target = _checkpointed
+        if calls:
+            module.recompile()
 
 
 def _checkpointed(body: Callable, *args: Any, **options: Any) -> Any:

@@ -30,7 +30,9 @@ def _from_source(source: str, base: str) -> str:
     return ".".join(p for p in (base, text) if p)
 
 
-def site_path(outputs: tuple[fx.Node, ...], covered: tuple[fx.Node, ...], base: str, path_of: Callable) -> str:
-    """Where a site is: the module of its result, or, where that is the whole model, of its nearest operator."""
+def site_path(
+    outputs: tuple[fx.Node, ...], covered: tuple[fx.Node, ...], base: str, whole: bool, path_of: Callable
+) -> str:
+    """Where a site is: the module of its result, or, where that is the `whole` model, of its nearest operator."""
     paths = [node_path(node, base, path_of) for node in (*outputs[:1], *reversed(covered))]
-    return next((p for p in paths if p), base)
+    return next((p for p in paths if p != base), base) if whole else paths[0]

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from rewriter.legality import Site
-from rewriter.paths import site_path
+from rewriter.paths import node_path, site_path
 from rewriter.report import CheckResult, NearMiss, Rewrite
 from rewriter.rewrite import Refusal, Result
 from rewriter.verify import Verification
@@ -60,10 +60,10 @@ class _Ordinals:
         return path if n == 1 else f"{path}#{n}"
 
 
-def rewrites_of(result: Result, base: str, modules: ModulePaths) -> list[Rewrite]:
-    """The report's entries for the sites of one graph, with paths in the region `base`."""
+def rewrites_of(result: Result, base: str, whole: bool, modules: ModulePaths) -> list[Rewrite]:
+    """The report's entries for the sites of one graph, with paths in the region `base`, maybe the `whole` model."""
     names = _Ordinals()
-    return [_rewrite(site, proof, names, base, modules) for site, proof in result.applied]
+    return [_rewrite(site, proof, names, base, whole, modules) for site, proof in result.applied]
 
 
 def misses_of(result: Result, base: str, modules: ModulePaths) -> list[NearMiss]:
@@ -71,8 +71,10 @@ def misses_of(result: Result, base: str, modules: ModulePaths) -> list[NearMiss]
     return [_miss(refusal, base, modules) for refusal in result.refused]
 
 
-def _rewrite(site: Site, proof: Verification | None, names: _Ordinals, base: str, modules: ModulePaths) -> Rewrite:
-    path = site_path(site.outputs, site.covered, base, modules.of)
+def _rewrite(
+    site: Site, proof: Verification | None, names: _Ordinals, base: str, whole: bool, modules: ModulePaths
+) -> Rewrite:
+    path = site_path(site.outputs, site.covered, base, whole, modules.of)
     checks = tuple(CheckResult(c.what, c.dtype, c.old_error, c.new_error) for c in proof.checks) if proof else ()
     return Rewrite(
         site.pattern,
@@ -87,7 +89,7 @@ def _rewrite(site: Site, proof: Verification | None, names: _Ordinals, base: str
 
 def _miss(refusal: Refusal, base: str, modules: ModulePaths) -> NearMiss:
     node = refusal.node
-    path = site_path((node,), (node,), base, modules.of) if node is not None else base
+    path = node_path(node, base, modules.of) if node is not None else base
     source = _source_line(node.meta.get("stack_trace") or "") if node is not None else ""
     return NearMiss(refusal.pattern, (path,), refusal.reason, node.name if node is not None else "", source)
 

@@ -122,8 +122,9 @@ class Session:
         """Keep what `rewrite` did to a graph; called before the graph first runs."""
         base = self.running()
         self._modules.refresh()
-        rewrites, misses = rewrites_of(result, base, self._modules), misses_of(result, base, self._modules)
-        record = GraphRecord(base, self.kinds.get(base, "model"), code, rewrites, misses)
+        kind = self.kinds.get(base, "model")
+        rewrites = rewrites_of(result, base, kind == "model", self._modules)
+        record = GraphRecord(base, kind, code, rewrites, misses_of(result, base, self._modules))
         for node in graph.nodes:
             path = node_path(node, base, self._modules.of)
             record.blocks.update(block for block in self.inlined if path == block or path.startswith(block + "."))

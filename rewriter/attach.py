@@ -126,13 +126,15 @@ def region_forward(forward: Callable, compiled: Callable, session: Any, kind: st
     @functools.wraps(forward)
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         mark = attached(self)
-        if mark is None or not session.wants(kind, args, kwargs):
+        if mark is None or not session.wants(kind, mark.path, args, kwargs):
             return forward(self, *args, **kwargs)
         frame = context.push(mark.path)
         try:
             result = compiled(self, *args, **kwargs)
-        except torch._dynamo.exc.BackendCompilerFailed as error:
-            raise session.user_error(error) from error
+        except torch._dynamo.exc.TorchDynamoException as error:
+            # Not ours to pass on: the model's own code may well run, and says better what is wrong if it doesn't.
+            session.give_up(mark.path, error)
+            return forward(self, *args, **kwargs)
         finally:
             context.pop()
         session.ran(frame, kind)

@@ -17,6 +17,7 @@ from torch._dynamo.utils import counters
 from rewriter import context
 from rewriter.attach import REASON
 from rewriter.environment import environment
+from rewriter.log import log
 from rewriter.paths import node_path
 from rewriter.pattern import Pattern
 from rewriter.record import GraphRecord, ModulePaths, misses_of, rewrites_of
@@ -52,6 +53,7 @@ class Session:
         self.kinds: dict[str, str] = {}
         self._modules = ModulePaths(model)
         self._fallbacks: Counter[tuple[str, str]] = Counter()
+        self._given_up: set[str] = set()
         self._notes: dict[str, None] = {}
         self._breaks = _breaks()
         self.inlined: tuple[str, ...] = ()
@@ -68,9 +70,9 @@ class Session:
 
     # ---- while the model runs
 
-    def wants(self, kind: str, args: tuple, kwargs: dict) -> bool:
+    def wants(self, kind: str, path: str, args: tuple, kwargs: dict) -> bool:
         """Whether this call should run compiled. Inference runs the model's own code: caches would recompile it."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if path in self._given_up or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return False
         if kind != "model":
             return torch.is_grad_enabled()
@@ -107,9 +109,15 @@ class Session:
         with self._lock:
             self._fallbacks[where, reason] += 1
 
-    def user_error(self, error: Exception) -> Exception:
+    def give_up(self, path: str, error: Exception) -> None:
+        """Run a region as it is from now on; with `strict`, raise what the backend raised."""
         inner = getattr(error, "inner_exception", None)
-        return inner if isinstance(inner, RewriteError) else error
+        if isinstance(inner, RewriteError):
+            raise inner
+        self._given_up.add(path)
+        text = str(error).strip()
+        log.warning("%s runs its own code: %s: %s", path or "the model", type(error).__name__, text)
+        self.fallback(path, f"runs its own code: {type(error).__name__}: {_headline(text)}")
 
     # ---- while a graph is compiled
 

@@ -1,5 +1,6 @@
 """Wrong arguments are errors that say what is allowed; broken plugins never break a training run."""
 
+import copy
 from importlib.metadata import EntryPoint
 
 import pytest
@@ -140,3 +141,20 @@ def test_strict_names_what_was_left():
     with pytest.raises(rewriter.RewriteError, match="rms_norm.*mean"):
         rewriter.optimize(Odd(), strict=True)(torch.randn(4, 8, requires_grad=True))
     assert rewriter.optimize(Odd())(torch.randn(4, 8)).shape == (4, 8)
+
+
+def test_a_dynamo_that_fails_leaves_the_model_its_own_code(monkeypatch):
+    def compile_to_nothing(function, **options):
+        def call(*args, **kwargs):
+            raise torch._dynamo.exc.InternalTorchDynamoError("no idea")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compile_to_nothing)
+    model = torch.nn.Sequential(torch.nn.RMSNorm(8), torch.nn.Linear(8, 8))
+    eager = copy.deepcopy(model)
+    x = torch.randn(4, 8)
+    for _ in range(2):
+        assert torch.equal(rewriter.optimize(model)(x), eager(x))
+    (fallback,) = rewriter.report(model).fallbacks
+    assert "no idea" in fallback.reason and fallback.count == 1

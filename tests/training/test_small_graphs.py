@@ -22,7 +22,9 @@ class Graph(nn.Module):
         self.rest = [t for t in inputs[1:] if not t.requires_grad]
 
     def forward(self, x):
-        return self.function(x, *self.weights, *self.rest)
+        # one by one: Dynamo of torch 2.11 can't unpack a ParameterList
+        weights = [self.weights[i] for i in range(len(self.weights))]
+        return self.function(x, *weights, *self.rest)
 
 
 def run(model, x):

@@ -19,7 +19,7 @@ CONFIGS = {"Qwen2": {}, "Gemma2": {"head_dim": 64}, "Phi3": {}, "Qwen3": {"head_
 def build(name, dtype):
     config = getattr(transformers, f"{name}Config")(**SIZES, **CONFIGS[name])
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    model = transformers.AutoModelForCausalLM.from_config(config)
     return model.to("cuda", dtype).train()
 
 

@@ -38,7 +38,7 @@ def rms_norm(x, weight, eps, *, offset=0.0, round_before_weight=False, out_dtype
     """Root-mean-square norm over the last dimension, computed in float32 (float64 for float64 inputs).
 
     x: [..., D], any strides. weight: [D] or None (a weight of 1, and `offset` is ignored). eps, offset: Python numbers.
-    round_before_weight: round x * rstd to x.dtype before the weight is applied (Llama does, Gemma does not).
+    round_before_weight: round x * rstd to x.dtype before the weight is applied (models differ in this).
     out_dtype: dtype of the result, default x.dtype. Returns [..., D] in the layout eager elementwise operators give.
     Gradients: x in x.dtype, weight in weight.dtype. Saves x, weight and one number a row.
     """

@@ -7,6 +7,7 @@ so.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -131,18 +132,17 @@ def _lazy_tensor(spec: LazyOutput, args: tuple, results: list) -> LazyTensor:
     return LazyTensor(compute, values, shape, spec.meta.dtype, device, grad)
 
 
-_default: Session | None = None
+@functools.cache
+def _default_backend() -> Backend:
+    options = Options(select(None, ()), executor="auto", dynamic=None, verify="first", strict=False)
+    return Backend(Session(None, options))
 
 
 def default_session() -> Session:
     """The session behind `torch.compile(..., backend="rewriter")`."""
-    global _default
-    if _default is None:
-        options = Options(select(None, ()), executor="auto", dynamic=None, verify="first", strict=False)
-        _default = Session(None, options)
-    return _default
+    return _default_backend().session
 
 
 def rewriter_backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable:
     """Registered as torch.compile(backend="rewriter"). Built-in and plugin patterns, executor by device."""
-    return Backend(default_session())(gm, example_inputs)
+    return _default_backend()(gm, example_inputs)

@@ -176,16 +176,12 @@ class _Search:
         if have.attrs != want.attrs and want.op not in ("cross_entropy", "reshape", "expand"):
             self._fail(f"{want.op}{list(have.attrs)} where the pattern needs {want.op}{list(want.attrs)}", have)
             return
-        self.bound[want] = have
-        if seen:
-            self.passed.append((consumer.op if consumer else "", want.op, tuple(seen)))
-        pairs = tuple((w, h, want) for w, h in zip(want.inputs, have.inputs, strict=True))
-        yield pairs
-        if want.op in COMMUTATIVE:
+        orders = [have.inputs, have.inputs[::-1]] if want.op in COMMUTATIVE else [have.inputs]
+        for operands in orders:  # `solve` takes back what an order bound before it tries the next
             self.bound[want] = have
             if seen:
                 self.passed.append((consumer.op if consumer else "", want.op, tuple(seen)))
-            yield tuple((w, h, want) for w, h in zip(want.inputs, reversed(have.inputs), strict=True))
+            yield tuple((w, h, want) for w, h in zip(want.inputs, operands, strict=True))
 
     def _bind_const(self, want: Value, have: Value) -> bool:
         if have.op != "const":

@@ -28,7 +28,6 @@ class Refusal:
     pattern: str
     reason: str
     node: fx.Node | None
-    progress: float
 
 
 @dataclass
@@ -80,7 +79,7 @@ def rewrite(gm: fx.GraphModule, patterns: Iterable[Pattern], proofs: Proofs, fue
         sites = choose_sites(gm.graph, patterns, proofs, result)
     kept = [(site, proof) for site, proof in sites if fuel.take()]
     for site, _ in sites[len(kept) :]:
-        result.refused.append(Refusal(site.pattern, "REWRITER_FUEL is used up", site.outputs[0], 1.0))
+        result.refused.append(Refusal(site.pattern, "REWRITER_FUEL is used up", site.outputs[0]))
     result.lazy = replace_sites(gm, [site for site, _ in kept])
     result.applied = kept
     for site, _ in kept:
@@ -103,7 +102,7 @@ def choose_sites(
         matches, misses = _guarded(lambda p=pattern: find(shadow, p), pattern, refused) or ([], [])
         for miss in misses:
             node = _real(miss.at) or _real(miss.anchor)
-            refused[pattern.name, miss.anchor] = Refusal(pattern.name, miss.reason, node, miss.progress)
+            refused[pattern.name, miss.anchor] = Refusal(pattern.name, miss.reason, node)
         for match in matches:
             site = _legal_site(legality, match, refused)
             if site is not None:
@@ -130,12 +129,12 @@ def _guarded(action: Callable, pattern: Pattern, refused: dict, root: Value | No
     """Run a plugin's code; what it raises becomes a reason, for the match with this root if there is one."""
     try:
         return action()
-    except Illegal as error:
-        raise error
+    except Illegal:
+        raise
     except Exception as error:
         reason = f"the pattern raised {type(error).__name__}: {error}"
         log.warning("%s: %s", pattern.name, reason)
-        refused[pattern.name, root or reason] = Refusal(pattern.name, reason, _real(root), 1.0)
+        refused[pattern.name, root or reason] = Refusal(pattern.name, reason, _real(root))
         return None
 
 
@@ -156,7 +155,7 @@ def _legal_site(legality: Legality, match: Match, refused: dict) -> Site | None:
                 return site
         except Illegal as error:
             if variant is match:
-                refused[match.pattern.name, match.root] = Refusal(match.pattern.name, error.reason, error.node, 1.0)
+                refused[match.pattern.name, match.root] = Refusal(match.pattern.name, error.reason, error.node)
     return None
 
 
@@ -225,7 +224,7 @@ def _prove(legality: Legality, group: list[Site], proofs: Proofs, accepted: list
         else:
             reason = f"verification: {proof.reason}"
             log.warning("%s at %s stays as it was: %s", site.pattern, site.outputs[0].name, reason)
-            refused[site.pattern, site.matches[0].root] = Refusal(site.pattern, reason, site.outputs[0], 1.0)
+            refused[site.pattern, site.matches[0].root] = Refusal(site.pattern, reason, site.outputs[0])
 
 
 def _proof_key(site: Site) -> Any:

@@ -58,7 +58,6 @@ class Session:
         self._breaks = _breaks()
         self.inlined: tuple[str, ...] = ()
         self.when_in_pieces: Callable[[], None] | None = None
-        self._seen: set[tuple[str, int]] = set()
         self._training_calls: set[frozenset[str]] = set()
         self._lock = threading.Lock()
 

@@ -9,9 +9,10 @@ NaN never passes. Long token dimensions are cut, so memory and time are bounded;
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,16 +80,9 @@ def _verify(site: Site, seed: int) -> Verification:
                     worst = checks.get(check.what)
                     if worst is None or (worst.passed, -worst.new_error) > (check.passed, -check.new_error):
                         checks[check.what] = check
-            passed = all(c.passed for c in checks.values())
             bad = [c for c in checks.values() if not c.passed]
-            reason = (
-                ""
-                if passed
-                else "; ".join(
-                    f"{c.what}: error {c.new_error:.1e} where the original has {c.old_error:.1e}" for c in bad
-                )
-            )
-            return Verification(passed, tuple(checks.values()), reason)
+            reasons = [f"{c.what}: error {c.new_error:.1e} where the original has {c.old_error:.1e}" for c in bad]
+            return Verification(not bad, tuple(checks.values()), "; ".join(reasons))
         except _Wrong as error:
             return Verification(False, reason=str(error))
         except _Unrunnable as error:
@@ -104,11 +98,19 @@ class _Wrong(Exception):
     """Something other than its numbers is wrong with the replacement."""
 
 
+@contextlib.contextmanager
+def _untouched_random_state() -> Iterator[None]:
+    """Raise if random numbers were drawn inside; the generators of every device are put back, also on an error."""
+    with torch.random.fork_rng():
+        before = _random_state()
+        yield
+        if not all(map(torch.equal, before, _random_state())):
+            raise _Wrong("the replacement draws random numbers")
+
+
 def _random_state() -> list[torch.Tensor]:
-    states = [torch.get_rng_state()]
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states.append(torch.cuda.get_rng_state())
-    return states
+    on_devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return [torch.get_rng_state(), *on_devices]
 
 
 def _plans(metas: list[TensorMeta]) -> list[dict[int, int]]:
@@ -172,12 +174,8 @@ def _compare(site: Site, sizes: dict[int, int], scale: float, seed: int) -> list
     except Exception as error:
         raise _Unrunnable(f"{type(error).__name__}: {error}") from error
     before = {n: s.clone() for n, s in samples.items()}
-    random_state = _random_state()
-    with _autocast(ambient[1], samples):
+    with _untouched_random_state(), _autocast(ambient[1], samples):
         got, _ = _run(new, samples, differentiable, upstream, generators)
-    if not all(map(torch.equal, random_state, _random_state())):
-        torch.set_rng_state(random_state[0])
-        raise _Wrong("the replacement draws random numbers")
     for node, sample in samples.items():
         if not torch.equal(sample, before[node]):
             raise _Wrong(f"the replacement writes its input {match_of.get(node, (None, node.name))[1]}")

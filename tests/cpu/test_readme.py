@@ -1,18 +1,17 @@
 """The README holds no code that doesn't run: its Python blocks are one program, but for those that show a file."""
 
 import os
-import re
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import snippets
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
-BLOCK = re.compile(r"^(?:<!-- file: (?P<file>\S+) -->\n)?```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
-BLOCKS = [(match["file"], match["code"], match.start("code")) for match in BLOCK.finditer(README.read_text("utf-8"))]
+BLOCKS = snippets.python_blocks(README.read_text("utf-8"))
 
 
 def test_every_python_block_is_found():
@@ -21,11 +20,7 @@ def test_every_python_block_is_found():
 
 def test_blocks_run_in_order_as_one_program():
     pytest.importorskip("transformers")
-    text = README.read_text("utf-8")
-    program = ""
-    for file, code, start in BLOCKS:
-        if not file:  # blank lines in between, so that a traceback names the README's own lines
-            program += "\n" * (text.count("\n", 0, start) - program.count("\n")) + code
+    program = snippets.program(README.read_text("utf-8"))
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "rms_norm" in done.stdout

@@ -134,6 +134,24 @@ def row_start(row, inner, outer_stride, inner_stride):
     return (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
 
 
+@jit
+def load_sum(x_at, r_at, S, mask, RESIDUAL: tl.constexpr, ACC: tl.constexpr):
+    """x, or with RESIDUAL x + r rounded to the dtype of S; 0 outside the mask."""
+    x = tl.load(x_at, mask=mask, other=0.0).to(ACC)
+    if RESIDUAL:
+        x = (x + tl.load(r_at, mask=mask, other=0.0).to(ACC)).to(S.dtype.element_ty).to(ACC)
+    return x
+
+
+def empty_sum(x, y):
+    """A new tensor with the dtype and layout of eager `x + y`, for x and y of one shape."""
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    if x.stride() == y.stride():
+        return torch.empty_like(x, dtype=dtype)
+    a, b = (torch.empty_strided(t.shape, t.stride(), dtype=dtype, device="meta") for t in (x, y))
+    return torch.empty_like(a + b, device=x.device)
+
+
 class Output:
     """A new tensor that a kernel writes as dense rows in `order`: through a buffer only if it is not laid out so."""
 

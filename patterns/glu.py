@@ -1,6 +1,7 @@
 """Gated linear unit: `activation(gate) * up` (Shazeer, "GLU Variants Improve Transformer", 2020).
 
-The halves may be two tensors or the two halves of one; the kernel saves only its inputs.
+The halves may be two tensors, the two halves of one, or its even and odd features; the kernel saves only its inputs.
+Also with both clamped and up shifted by one, `min(gate, limit) * sigmoid(alpha * min(gate, limit)) * (clamp(up) + 1)`.
 """
 
 from __future__ import annotations
@@ -20,23 +21,80 @@ ACTIVATIONS = {
     "relu2": lambda x: F.relu(x).square(),
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
+    "mish": F.mish,
+    "elu": F.elu,
+    "softplus": F.softplus,
+    "leaky_relu": F.leaky_relu,
 }
+SHAPES = {"gate": (3, 8), "up": (3, 8)}
 
 
-def _reference(name: str) -> Reference:
+def swish(x, alpha):
+    return x * torch.sigmoid(x * alpha)
+
+
+def _plain(name: str) -> Reference:
     activation = ACTIVATIONS[name]
 
     def gated(gate, up):
         return activation(gate) * up
 
-    return Reference(gated, {"gate": (3, 8), "up": (3, 8)}, variant={"activation": name})
+    return Reference(gated, SHAPES, variant={"activation": name})
+
+
+def with_alpha(gate, up, *, alpha):
+    return swish(gate, alpha) * up
+
+
+def shifted(gate, up, *, shift):
+    return F.silu(gate) * (up + shift)
+
+
+def shifted_with_alpha(gate, up, *, alpha, shift):
+    return swish(gate, alpha) * (up + shift)
+
+
+def clamped(gate, up, *, limit):
+    return F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
+
+
+def clamped_with_alpha(gate, up, *, limit, alpha):
+    return swish(gate.clamp(max=limit), alpha) * up.clamp(-limit, limit)
+
+
+def clamped_and_shifted(gate, up, *, limit, shift):
+    return F.silu(gate.clamp(max=limit)) * (up.clamp(-limit, limit) + shift)
+
+
+def clamped_and_shifted_with_alpha(gate, up, *, limit, alpha, shift):
+    return swish(gate.clamp(max=limit), alpha) * (up.clamp(-limit, limit) + shift)
+
+
+def of_library(x):
+    return F.glu(x, -1)
+
+
+def _silu(fn, *consts: str) -> Reference:
+    return Reference(fn, SHAPES, consts, {"activation": "silu"})
 
 
 class GLU(Pattern):
     name = "glu"
-    references = tuple(_reference(name) for name in ACTIVATIONS)
+    references = (
+        _silu(clamped_and_shifted_with_alpha, "limit", "alpha", "shift"),
+        _silu(clamped_and_shifted, "limit", "shift"),
+        _silu(clamped_with_alpha, "limit", "alpha"),
+        _silu(clamped, "limit"),
+        _silu(shifted_with_alpha, "alpha", "shift"),
+        _silu(shifted, "shift"),
+        _silu(with_alpha, "alpha"),
+        *(_plain(name) for name in ACTIVATIONS),
+        Reference(of_library, {"x": (3, 8)}, variant={"activation": "sigmoid"}),
+    )
 
     def check(self, match: Match) -> str | None:
+        if "x" in match.tensors:
+            return None if match.meta("x").static[-1] else "the last dimension changes between calls"
         gate, up = match.meta("gate"), match.meta("up")
         if gate.shape != up.shape or gate.static != up.static:
             return f"gate {list(gate.shape)} and up {list(up.shape)} differ in shape"
@@ -45,26 +103,31 @@ class GLU(Pattern):
         return None
 
     def replacement(self, match: Match) -> Call:
-        activation = match.variant["activation"]
+        options = {"activation": match.variant["activation"], **match.consts}
+        if "x" in match.tensors:
+            return Call(glu_packed, (match["x"],), options | {"gate_first": False}, options | {"packed": True})
         halves = _halves(match.tensors["gate"], match.tensors["up"])
         if halves is not None:
-            whole, gate_first = halves
-            note = {"activation": activation, "packed": True}
-            return Call(glu_packed, (whole.node,), {"activation": activation, "gate_first": gate_first}, note)
-        return Call(glu, (match["gate"], match["up"]), {"activation": activation}, {"activation": activation})
+            whole, order = halves
+            return Call(glu_packed, (whole.node,), options | order, options | {"packed": True})
+        return Call(glu, (match["gate"], match["up"]), options, options)
 
 
-def _halves(gate: Value, up: Value) -> tuple[Value, bool] | None:
-    """The tensor whose two halves along the last dimension gate and up are, and whether gate comes first."""
+def _halves(gate: Value, up: Value) -> tuple[Value, dict[str, bool]] | None:
+    """The tensor whose halves or whose even and odd features gate and up are, and in which order."""
     if gate.op != "slice" or up.op != "slice" or gate.inputs[0].number != up.inputs[0].number:
         return None
-    if gate.inputs[0].node is None or "dynamic" in gate.attrs or "dynamic" in up.attrs:
+    whole = gate.inputs[0]
+    if whole.node is None or whole.meta is None or whole.meta.shape[-1] % 2:
         return None
-    spans = [value.attrs[:3] for value in (gate, up)]
-    first, second = (-1, 0, 0.5), (-1, 0.5, 1)
-    if any(value.attrs[3] != 1 for value in (gate, up)) or spans not in ([first, second], [second, first]):
-        return None
-    return gate.inputs[0], spans[0] == first
+    spans = (gate.attrs, up.attrs)
+    for interleaved, ends in (
+        (False, ((-1, 0, 0.5, 1), (-1, 0.5, 1, 1))),
+        (True, ((-1, "every", 2, 0), (-1, "every", 2, 1))),
+    ):
+        if spans in (ends, ends[::-1]):
+            return whole, {"gate_first": spans == ends, "interleaved": interleaved}
+    return None
 
 
 PATTERN = GLU()

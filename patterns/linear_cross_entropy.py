@@ -11,41 +11,44 @@ import torch
 from torch.nn import functional as F
 
 from rewriter.kernels.linear_cross_entropy import linear_cross_entropy as kernel
-from rewriter.matcher import is_row_operator
 from rewriter.pattern import Call, Match, Pattern, Reference
-from rewriter.shadow import Value
+from rewriter.patterns.cross_entropy import (
+    CLASSES,
+    LOSSES,
+    TRANSFORMS,
+    classes,
+    finished,
+    loss_check,
+    loss_note,
+    loss_options,
+    loss_sample,
+)
+from rewriter.patterns.cross_entropy import (
+    PATTERN as cross_entropy,
+)
+from rewriter.shadow import Value, is_row_operator
 
-REDUCTIONS = ("none", "mean", "sum")  # ATen's order
-TARGET = torch.zeros(6, dtype=torch.int64)
+# How the head is written: (function of x, weight and maybe bias, examples of the latter two).
+HEADS = (
+    (F.linear, {"weight": (CLASSES, 8)}),
+    (F.linear, {"weight": (CLASSES, 8), "bias": (CLASSES,)}),
+    (torch.matmul, {"weight": (8, CLASSES)}),
+)
 
 
 def _references() -> tuple[Reference, ...]:
-    def plain(z):
-        return z
+    references, without_head = [], iter(cross_entropy.references)
+    for transform, consts in TRANSFORMS.items():
+        for loss, fn, targets in LOSSES:
+            base = next(without_head)
+            for head, weights in HEADS:
 
-    def scaled(z, *, scale):
-        return z * scale
+                def reference(x, *rest, _head=head, _parts=weights, _fn=fn, _transform=transform, **numbers):
+                    n = len(_parts)
+                    return _fn(_transform(_head(x, *rest[:n]), **numbers), *rest[n:])
 
-    def softcapped(z, *, softcap):
-        return torch.tanh(z / softcap) * softcap
-
-    def scaled_softcapped(z, *, scale, softcap):
-        return torch.tanh(z * scale / softcap) * softcap
-
-    references = []
-    for logits, consts in ((plain, ()), (scaled, ("scale",)), (softcapped, ("softcap",)),
-                           (scaled_softcapped, ("scale", "softcap"))):  # fmt: skip
-
-        def without_bias(x, weight, target, _logits=logits, **numbers):
-            return F.cross_entropy(_logits(F.linear(x, weight), **numbers), target)
-
-        def with_bias(x, weight, bias, target, _logits=logits, **numbers):
-            return F.cross_entropy(_logits(F.linear(x, weight, bias), **numbers), target)
-
-        shapes = {"x": (6, 8), "weight": (10, 8)}
-        variant = {"logits": logits.__name__}
-        references.append(Reference(without_bias, {**shapes, "target": TARGET}, consts, variant))
-        references.append(Reference(with_bias, {**shapes, "bias": (10,), "target": TARGET}, consts, variant))
+                variant = {"loss": loss, "transposed": head is torch.matmul}
+                references.append(Reference(reference, {"x": (6, 8), **weights, **targets}, consts, variant, base))
     return tuple(references)
 
 
@@ -57,43 +60,29 @@ class LinearCrossEntropy(Pattern):
     lazy = True
 
     def check(self, match: Match) -> str | None:
-        x, weight, target = (match.meta(name) for name in ("x", "weight", "target"))
+        x, weight = match.meta("x"), match.meta("weight")
         if weight.ndim != 2 or not all(weight.static):
             return f"the head's weight has shape {list(weight.shape)}"
         if len({x.dtype, weight.dtype, *([match.meta("bias").dtype] if "bias" in match.tensors else [])}) > 1:
             if not match.rounded:
                 return "input and head differ in dtype"
-        if target.ndim > 1:
-            return "the targets are not one per row"
         if _rows(match) is None:
             return "the rows of the logits are cut at places that change between calls"
-        return None
+        return loss_check(match)
 
     def replacement(self, match: Match) -> Call:
-        reduction, ignore_index, smoothing = match.attrs("cross_entropy")
-        kwargs = {
-            "rows": _rows(match),
-            "ignore_index": ignore_index,
-            "reduction": REDUCTIONS[reduction],
-            "label_smoothing": smoothing,
-            "scale": match.consts.get("scale", 1.0),
-            "softcap": match.consts.get("softcap"),
-            "matmul_dtype": next(iter(match.rounded.values()), None),
-            "out_dtype": match.root.meta.dtype,
-        }
-        bias = match["bias"] if "bias" in match.tensors else None
-        note = {k: v for k, v in kwargs.items() if k in ("reduction", "softcap", "scale") and v not in (None, 1.0)}
-        return Call(head_and_loss, (match["x"], match["weight"], match["target"], bias), kwargs, note)
+        kwargs = loss_options(match)
+        kwargs["matmul_dtype"] = next(iter(match.rounded.values()), None)
+        form = {"rows": _rows(match), "loss": match.variant["loss"], "transposed": match.variant["transposed"]}
+        bias, class_weight = (match[n] if n in match.tensors else None for n in ("bias", "class_weight"))
+        arguments = (match["x"], match["weight"], match["target"], bias, class_weight)
+        return Call(head_and_loss, arguments, {**kwargs, **form}, loss_note(kwargs))
 
     def sample(self, match: Match, name: str, shapes, generator: torch.Generator) -> torch.Tensor | None:
-        shape, device = shapes[name], generator.device
+        shape, out = shapes["weight"], -1 if match.variant["transposed"] else 0
         if name == "weight":
-            return torch.randn(shape, generator=generator, device=device) / shape[-1] ** 0.5
-        if name != "target":
-            return None
-        target = torch.randint(0, shapes["weight"][0], shape, generator=generator, device=device)
-        ignored = torch.rand(shape, generator=generator, device=device) < 0.2
-        return target.masked_fill(ignored, match.attrs("cross_entropy")[1]) if target.numel() > 1 else target
+            return torch.randn(shape, generator=generator, device=generator.device) / shape[-1 - out] ** 0.5
+        return loss_sample(match, name, shapes[name], shape[out], generator)
 
 
 def _rows(match: Match) -> tuple[tuple[int, int, int, int], ...] | None:
@@ -107,20 +96,30 @@ def _rows(match: Match) -> tuple[tuple[int, int, int, int], ...] | None:
             if i != len(path) - 1 or value.meta.ndim != 2:
                 return None  # rows regrouped before another cut
             continue
-        numbers = list(value.node.args[1:])
-        defaults = [0, None, None, 1]
-        dim, start, end, step = (*numbers, *defaults[len(numbers) :])
-        if not all(isinstance(n, int) or n is None for n in (dim, start, end, step)):
-            return None
+        if value.attrs[-1] == "dynamic":
+            dim, start, end, step, _ = value.attrs
+            if value.node is None or not all(isinstance(a, int) or a is None for a in value.node.args[1:]):
+                return None
+            numbers = list(value.node.args[1:])
+            dim, start, end, step = (*numbers, *[0, None, None, 1][len(numbers) :])
+        elif value.attrs[1] == "every":
+            dim, _, step, start = value.attrs
+            end = None
+        else:
+            size = value.inputs[0].meta.shape[value.attrs[0]]
+            dim, (start, end), step = value.attrs[0], (int(edge * size) for edge in value.attrs[1:3]), value.attrs[3]
         cuts.append((dim, start, end, step))
     return tuple(cuts)
 
 
-def head_and_loss(x, weight, target, bias, *, rows, **options):
+def head_and_loss(x, weight, target, bias, class_weight, *, rows, loss, transposed, **options):
     """The kernel on the rows that the model's loss looks at."""
     for dim, start, end, step in rows:
         x = torch.ops.aten.slice.Tensor(x, dim, start, end, step)
-    return kernel(x, weight, target, bias=bias, **options)
+    weight = weight.t() if transposed else weight
+    index = classes(target, loss, weight.shape[0])
+    losses = kernel(x, weight, index, bias=bias, class_weight=class_weight, **options)
+    return finished(losses, target, loss)
 
 
 PATTERN = LinearCrossEntropy()

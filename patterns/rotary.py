@@ -1,12 +1,14 @@
 """Rotary position embedding (Su et al., "RoFormer", 2021): rotate pairs of features by an angle per position.
 
-`x * cos + rotate_half(x) * sin`, pairs being (i, i + d/2) ("half") or (2i, 2i + 1) ("interleaved"); also the spelling
-that computes the two halves apart. Query and key that share cos and sin become one call.
+A pair is (i, i + d/2) ("half") or (2i, 2i + 1) ("interleaved"). Models write it with a rotated copy of the features,
+half by half, or as a product of complex numbers, in one direction of rotation or the other. Query and key that share
+their angles become one call.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 
@@ -16,74 +18,150 @@ from rewriter.pattern import Call, Match, Pattern, Reference
 X, ANGLE, HALF_ANGLE = (2, 4, 3, 8), (2, 1, 3, 8), (2, 1, 3, 4)
 
 
-def half(x, cos, sin):
-    a, b = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
-    return x * cos + torch.cat((-b, a), -1) * sin
+def halves(x):
+    return x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
 
 
-def halves_apart(x, cos, sin):
-    a, b = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+def pairs(x):
+    return x[..., 0::2], x[..., 1::2]
 
 
-def interleaved(x, cos, sin):
-    rotated = torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
-    return x * cos + rotated * sin
+def join_halves(a, b):
+    return torch.cat((a, b), -1)
+
+
+def join_pairs(a, b):
+    return torch.stack((a, b), -1).flatten(-2)
+
+
+# How features become pairs, and pairs features again; some models do one in this way and the other in that.
+LAYOUTS = {"half": (halves, join_halves), "interleaved": (pairs, join_pairs)}
+# How a reference's angles come: "whole", one for every feature; "signed", whole with the sign of the rotation in sin;
+# "half", one for every pair; "complex", one complex number for every pair.
+
+
+def _whole(split, join) -> dict[str, Callable]:
+    def forward(x, cos, sin):
+        a, b = split(x)
+        return x * cos + join(-b, a) * sin
+
+    def backward(x, cos, sin):
+        a, b = split(x)
+        return x * cos - join(-b, a) * sin
+
+    def backward_by_sign(x, cos, sin):
+        a, b = split(x)
+        return x * cos + join(b, -a) * sin
+
+    def signed(x, cos, sin):
+        a, b = split(x)
+        return x * cos + join(b, a) * sin
+
+    return {"forward": forward, "backward": backward, "backward by sign": backward_by_sign, "signed": signed}
+
+
+def _apart(split, join) -> dict[str, Callable]:
+    def forward(x, cos, sin):
+        a, b = split(x)
+        return join(a * cos - b * sin, b * cos + a * sin)
+
+    def backward(x, cos, sin):
+        a, b = split(x)
+        return join(a * cos + b * sin, b * cos - a * sin)
+
+    return {"forward": forward, "backward": backward}
+
+
+def _complex(split, join) -> Callable:
+    def forward(x, angle):
+        product = torch.complex(*split(x)) * angle
+        return join(product.real, product.imag)
+
+    return forward
+
+
+def _references() -> tuple[Reference, ...]:
+    references = []
+    angle = torch.ones(HALF_ANGLE, dtype=torch.complex64)
+    for style, (split, join) in LAYOUTS.items():
+        for name, fn in _whole(split, join).items():
+            variant = {"style": style, "angles": "signed" if name == "signed" else "whole", "inverse": "back" in name}
+            references.append(Reference(fn, {"x": X, "cos": ANGLE, "sin": ANGLE}, variant=variant))
+        for out_style, (_, out_join) in LAYOUTS.items():
+            form = {"style": style, "out_style": out_style}
+            for name, fn in _apart(split, out_join).items():
+                variant = {**form, "angles": "half", "inverse": name == "backward"}
+                references.append(Reference(fn, {"x": X, "cos": HALF_ANGLE, "sin": HALF_ANGLE}, variant=variant))
+            variant = {**form, "angles": "complex", "inverse": False}
+            references.append(Reference(_complex(split, out_join), {"x": X, "angle": angle}, variant=variant))
+    return tuple(references)
 
 
 class Rotary(Pattern):
     name = "rotary"
-    references = (
-        Reference(half, {"x": X, "cos": ANGLE, "sin": ANGLE}, variant={"style": "half"}),
-        Reference(
-            halves_apart, {"x": X, "cos": HALF_ANGLE, "sin": HALF_ANGLE}, variant={"style": "half", "apart": True}
-        ),
-        Reference(interleaved, {"x": X, "cos": ANGLE, "sin": ANGLE}, variant={"style": "interleaved"}),
-    )
+    references = _references()
 
     def check(self, match: Match) -> str | None:
-        x, cos, sin = (match.meta(name) for name in ("x", "cos", "sin"))
+        x = match.meta("x")
         if not x.ndim or x.shape[-1] % 2 or not x.static[-1]:
             return "the rotated dimension is odd or changes between calls"
-        width = x.shape[-1] // 2 if match.variant.get("apart") else x.shape[-1]
-        for name, angle in (("cos", cos), ("sin", sin)):
+        width = x.shape[-1] // 2 if match.variant["angles"] in ("half", "complex") else x.shape[-1]
+        for name in _angles(match):
+            angle = match.meta(name)
             if not angle.ndim or angle.shape[-1] != width or angle.ndim > x.ndim:
                 return f"{name} has shape {list(angle.shape)}, which isn't one angle for each of {width} features"
+            if angle.dtype.is_complex and angle.requires_grad:
+                return "its complex angles are trained"
         return None
 
     def group(self, matches: list[Match]) -> list[tuple[Match, ...]]:
         groups = defaultdict(list)
         for match in matches:
-            angles = match.tensors["cos"].number, match.tensors["sin"].number
+            angles = tuple(match.tensors[name].number for name in _angles(match))
             x, module = match.meta("x"), tuple(match.output.meta.get("nn_module_stack") or ())
-            groups[angles, match.reference, x.ndim, x.dtype, module].append(match)
-        pairs = []
+            groups[angles, match.reference, x.ndim, x.dtype, match.root.meta.dtype, module].append(match)
+        joined = []
         for group in groups.values():
-            pairs += [tuple(group[i : i + 2]) for i in range(0, len(group), 2)]
-        return pairs
+            joined += [tuple(group[i : i + 2]) for i in range(0, len(group), 2)]
+        return joined
 
     def replacement(self, *matches: Match) -> Call:
         first = matches[0]
-        kwargs = {
-            "interleaved": first.variant["style"] == "interleaved",
-            "repeat_angles": bool(first.variant.get("apart")),
-        }
+        options = dict(first.variant) | {"out_dtype": first.root.meta.dtype}
         note = {"style": first.variant["style"], "tensors": len(matches)}
+        angles = [first[name] for name in _angles(first)]
         if len(matches) == 1:
-            return Call(rotate_one, (first["x"], first["cos"], first["sin"]), kwargs, note)
-        return Call(rotate_pair, (first["x"], matches[1]["x"], first["cos"], first["sin"]), kwargs, note)
+            return Call(rotate_one, (first["x"], *angles), options, note)
+        return Call(rotate_pair, (first["x"], matches[1]["x"], *angles), options, note)
 
 
-def rotate_pair(q, k, cos, sin, *, interleaved, repeat_angles):
-    if repeat_angles:
-        cos, sin = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
-    return kernel(q, k, cos, sin, interleaved=interleaved)
+def _angles(match: Match) -> tuple[str, ...]:
+    return ("angle",) if match.variant["angles"] == "complex" else ("cos", "sin")
 
 
-def rotate_one(x, cos, sin, *, interleaved, repeat_angles):
-    if repeat_angles:
-        cos, sin = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
-    return kernel(x, None, cos, sin, interleaved=interleaved)[0]
+def rotate_pair(q, k, *angles, style, out_dtype, out_style=None, **form):
+    layout = {"interleaved": style == "interleaved", "out_interleaved": (out_style or style) == "interleaved"}
+    layout["contiguous"] = form["angles"] in (
+        "half",
+        "complex",
+    )  # joined last of all, and `cat` gives contiguous results
+    return kernel(q, k, *_tables(angles, style, **form), out_dtype=out_dtype, **layout)
+
+
+def rotate_one(x, *angles, **form):
+    return rotate_pair(x, None, *angles, **form)[0]
+
+
+def _tables(given, style, *, angles, inverse):
+    """cos and sin for every feature, with the sign of sin as the kernel has it."""
+    _, join = LAYOUTS[style]
+    cos, sin = (given[0].real, given[0].imag) if angles == "complex" else given
+    if angles in ("half", "complex"):
+        cos, sin = join(cos, cos), join(sin, sin)
+    if angles == "signed":
+        first, second = LAYOUTS[style][0](sin)
+        sin = join(-first, second)
+    return cos, -sin if inverse else sin
 
 
 PATTERN = Rotary()

@@ -19,6 +19,7 @@ from rewriter.lazy import LazyTensor
 from rewriter.library import select
 from rewriter.log import log
 from rewriter.lower import Lowering
+from rewriter.normalise import normalise
 from rewriter.replace import LazyOutput
 from rewriter.rewrite import Result, rewrite
 from rewriter.session import Options, RewriteError, Session
@@ -57,6 +58,7 @@ class Backend:
     def rewritten(self, gm: fx.GraphModule) -> tuple[fx.GraphModule, Result]:
         """The lowered and rewritten copy of a Dynamo graph; bodies of checkpointed calls included."""
         lowered = self._lowering(gm)
+        normalise(lowered.graph)
         result = rewrite(lowered, self.session.options.patterns, self.session.proofs, self.session.fuel)
         for node in lowered.graph.nodes:
             if node.op == "get_attr" and isinstance(getattr(lowered, node.target, None), fx.GraphModule):
@@ -64,6 +66,7 @@ class Backend:
                     body, inner = self.rewritten(getattr(lowered, node.target))
                     setattr(lowered, node.target, body)
                     result.applied += inner.applied
+                    result.kept += inner.kept
                     result.refused += inner.refused
         return lowered, result
 

@@ -83,7 +83,9 @@ class Legality:
         # Usually the holes; a replacement may also read what holes are cut from, and then the cuts are covered.
         arguments = pytree.tree_leaves((call.args, dict(call.kwargs)))
         inputs = tuple(dict.fromkeys(n for n in arguments if isinstance(n, fx.Node)))
-        outputs = tuple(m.output for m in matches)
+        outputs = tuple(n for m in matches for n in m.outputs)
+        if None in outputs:
+            raise Illegal("one of its results is no value of the graph", first.output)
         covered = self._covered(inputs, outputs)
         self._check_inside(covered)
         lazy = self._check_escapes(covered, outputs, first.pattern.lazy)
@@ -200,7 +202,7 @@ def written_nodes(graph: fx.Graph) -> dict[fx.Node, tuple[fx.Node, ...]]:
                     if info.is_write:
                         writers.setdefault(root(source), []).append(node)
                     _join(alias, root, node, source)
-            if not any(a.alias_info for a in schema.arguments) and _may_alias(target):
+            if not any(a.alias_info for a in schema.arguments) and may_alias(target):
                 for source in node.all_input_nodes:
                     _join(alias, root, node, source)
         else:
@@ -227,7 +229,7 @@ _SETITEM = operator.setitem
 _MAYBE_VIEWS = {"to", "reshape", "contiguous", "flatten", "type_as", "dropout", "expand_as", "view_as", "unflatten"}
 
 
-def _may_alias(target: torch._ops.OpOverload) -> bool:
+def may_alias(target: torch._ops.OpOverload) -> bool:
     return target._schema.name.removeprefix("aten::") in _MAYBE_VIEWS
 
 

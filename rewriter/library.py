@@ -10,7 +10,17 @@ from importlib.metadata import entry_points
 from rewriter.log import log
 from rewriter.pattern import Pattern
 
-BUILT_IN = ("linear_cross_entropy", "rms_norm", "rotary", "glu")
+BUILT_IN = (
+    "linear_cross_entropy",
+    "cross_entropy",
+    "attention",
+    "add_rms_norm",
+    "add_layer_norm",
+    "rms_norm",
+    "layer_norm",
+    "rotary",
+    "glu",
+)
 ENTRY_POINTS = "rewriter.patterns"
 
 
@@ -53,7 +63,9 @@ def select(patterns: Iterable[str | Pattern] | None, exclude: Iterable[str]) -> 
         if name not in known and name not in own:
             raise ValueError(f"unknown pattern {name!r}; known are {', '.join(sorted({*known, *own}))}")
     chosen = {n: known[n] for n in names if n in known} if names else known
-    return tuple(p for n, p in {**chosen, **own}.items() if n not in excluded)
+    applied = {n: p for n, p in {**chosen, **own}.items() if n not in excluded}
+    # A composite goes with its parts: not where one of them is excluded, or replaced by a pattern of the user's.
+    return tuple(p for n, p in applied.items() if n in own or all(known.get(q) is applied.get(q) for q in p.parts))
 
 
 def _check(pattern: Pattern) -> None:

@@ -8,13 +8,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from rewriter.report import CheckResult, Fallback, GraphBreak, NearMiss, RegionReport, Rewrite, RewriteReport
+from rewriter.report import CheckResult, Fallback, GraphBreak, Kept, NearMiss, RegionReport, Rewrite, RewriteReport
 
 # What a field that an older report lacks, or that has a default, is taken to be.
-_DEFAULTS: dict[str, Any] = {"lazy": False, "notes": ()}
+_DEFAULTS: dict[str, Any] = {"lazy": False, "parts": (), "notes": (), "kept": ()}
 # Fields that hold other records.
 _RECORDS: dict[str, type] = {
     "rewrites": Rewrite,
+    "kept": Kept,
     "near_misses": NearMiss,
     "regions": RegionReport,
     "graph_breaks": GraphBreak,

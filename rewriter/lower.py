@@ -8,21 +8,28 @@ A node that can't be lowered stays as it is and is opaque to the patterns.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import operator
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from rewriter.einsum import einsum
 from rewriter.log import log
-from rewriter.meta import example, set_example
+from rewriter.meta import example, set_example, tensor_meta
 
 GRAD_SWITCH = torch._C._set_grad_enabled
 AUTOCAST_ENTER = torch.amp.autocast_mode._enter_autocast
 AUTOCAST_EXIT = torch.amp.autocast_mode._exit_autocast
 
+_DETACHED = {torch.ops.aten.detach.default, torch.ops.aten.detach_.default}
+# Torch functions that are lowered as what they mean.
+_MEANING = {torch.einsum: einsum}
 # Calls whose effect is Python-side or in place on sizes: tracing them again would be wrong.
 _PLAIN_PYTHON = {isinstance, torch.sym_int, torch.sym_float}
 _RESIZING = ("resize_", "set_", "t_", "transpose_", "swapaxes_", "swapdims_", "unsqueeze_", "squeeze_", "as_strided_")
@@ -63,12 +70,15 @@ class Lowering:
             set_example(copy, example(node))
             copy.meta["ambient"] = ambient()
             return copy
-        tensors = iter(_leaves(node))
+        operands = iter(_operands(node, new))
         local: dict[fx.Node, Any] = {}
         created = set()
         for inode in inner.graph.nodes:
             if inode.op == "placeholder":
-                local[inode] = new[next(tensors)]
+                value = next(operands)
+                if isinstance(value, _Entry) and inode.users:
+                    value = graph.call_function(operator.getitem, (value.whole, value.index))
+                local[inode] = value
             elif inode.op == "output":
                 result = pytree.tree_map_only(fx.Node, lambda n: local[n], inode.args[0])
             else:
@@ -76,9 +86,15 @@ class Lowering:
                 copy.meta = {k: v for k, v in node.meta.items() if k not in ("example_value", "val")}
                 set_example(copy, inode.meta.get("val"))
                 copy.meta["ambient"] = ambient()
+                _require_grad(copy)
                 created.add(copy)
-        if isinstance(result, fx.Node) and result in created:
-            set_example(result, example(node))
+        was = example(node)
+        if isinstance(was, torch.Tensor) and isinstance(result, tuple | list):
+            (result,) = result  # a trace with tuples among its inputs gives a list
+        several = isinstance(was, tuple | list) and isinstance(result, tuple | list) and len(was) == len(result)
+        for made, value in zip(result, was, strict=True) if several else [(result, was)]:
+            if isinstance(made, fx.Node) and made in created:
+                set_example(made, value)
         return result
 
     @staticmethod
@@ -96,7 +112,7 @@ class Lowering:
             return False
         if isinstance(target, torch._ops.OpOverload):
             return False
-        return _has_tensor(node)
+        return _has_tensor(node) or (not node.all_input_nodes and isinstance(example(node), FakeTensor))
 
     def _trace(self, gm: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:
         key = _trace_key(node)
@@ -112,10 +128,25 @@ class Lowering:
         return inner
 
 
+def _require_grad(node: fx.Node) -> None:
+    """What tracing recorded of an intermediate result is detached: it requires a gradient where an operand does."""
+    meta = tensor_meta(node)
+    if meta is None or not meta.dtype.is_floating_point or not torch.is_grad_enabled() or node.target in _DETACHED:
+        return
+    operands = list(node.all_input_nodes)
+    if len(operands) == 1 and tensor_meta(operands[0]) is None:
+        operands = list(operands[0].all_input_nodes)  # one of several results
+    metas = [m for n in operands if (m := tensor_meta(n)) is not None]
+    if any(m.requires_grad for m in metas):
+        node.meta["tensor"] = dataclasses.replace(meta, requires_grad=True)
+
+
 def _trace_one(node: fx.Node) -> fx.GraphModule | None:
     leaves = list(_leaves(node))
     values = [example(leaf) for leaf in leaves]
     if any(v is None for v in values):
+        return None
+    if any(isinstance(entry, tuple | list) for v in values if isinstance(v, tuple | list) for entry in v):
         return None
 
     def run(*flat: Any) -> Any:
@@ -123,12 +154,33 @@ def _trace_one(node: fx.Node) -> fx.GraphModule | None:
         args, kwargs = pytree.tree_map_only(fx.Node, value.__getitem__, (_listed(node.args), dict(node.kwargs)))
         if node.op == "call_method":
             return getattr(args[0], node.target)(*args[1:], **kwargs)
-        return node.target(*args, **kwargs)
+        return _MEANING.get(node.target, node.target)(*args, **kwargs)
 
-    inner = make_fx(run, pre_dispatch=True, _error_on_data_dependent_ops=False)(*values)
+    mode = next((v.fake_mode for v in (*values, example(node)) if isinstance(v, FakeTensor)), contextlib.nullcontext())
+    with mode:  # tensors that operators make of numbers are fake too
+        inner = make_fx(run, pre_dispatch=True, _error_on_data_dependent_ops=False)(*values)
     if any(n.op == "get_attr" for n in inner.graph.nodes):
         return None  # a tensor constant was lifted: keep the node as it was
     return inner
+
+
+class _Entry(NamedTuple):
+    """One entry of a tuple, such as a size, that a node takes whole."""
+
+    whole: fx.Node
+    index: int
+
+
+def _operands(node: fx.Node, new: dict) -> Iterator[Any]:
+    """What the inputs of a node's trace stand for: tracing takes a tuple as its entries."""
+    for leaf in _leaves(node):
+        value = example(leaf)
+        if not isinstance(value, tuple | list):
+            yield new[leaf]
+        elif isinstance(new[leaf], tuple | list):
+            yield from new[leaf]
+        else:
+            yield from (_Entry(new[leaf], i) for i in range(len(value)))
 
 
 def _leaves(node: fx.Node) -> list[fx.Node]:
@@ -157,14 +209,19 @@ def _trace_key(node: fx.Node) -> Any:
             return None
         sizes = [(*value.shape, *value.stride())]
         if any(isinstance(s, torch.SymInt) for s in sizes[0]):
+            if not isinstance(value, FakeTensor):
+                return None
             sizes = [id(value.fake_mode), str(sizes[0])]  # symbolic sizes belong to one compilation
         metas.append((type(value), value.dim(), *sizes, value.dtype, value.device, value.requires_grad))
+    if not order:  # a tensor made of numbers: its type and place may come from a default
+        made = example(node)
+        metas.append((made.dtype, made.device, tuple(made.shape)))
     spec = repr(pytree.tree_map_only(fx.Node, lambda n: _Index(order[n]), (_listed(node.args), dict(node.kwargs))))
     return node.op, node.target, spec, tuple(metas), ambient()
 
 
 def _is_symbolic(key: Any) -> bool:
-    return any(isinstance(meta[3], str) for meta in key[3])
+    return any(len(meta) > 3 and isinstance(meta[3], str) for meta in key[3])
 
 
 class _Index(int):

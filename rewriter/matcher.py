@@ -7,14 +7,16 @@ The best failed attempt is kept as a near miss, with the condition that failed a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from rewriter.canonical import COMMUTATIVE, TRANSPARENT
 from rewriter.pattern import Match, Pattern, Reference, TracedReference, is_narrowing
-from rewriter.shadow import Shadow, Value
+from rewriter.shadow import Shadow, Value, is_row_operator
 
 BUDGET = 4000  # goals tried for one candidate
+# Operators whose attributes a pattern reads from the match instead of asking for its own.
+FREE_ATTRS = {"cross_entropy", "attention", "reshape", "expand"}
 MAX_ROOTS = 32  # candidates climbed to from one anchor
 
 
@@ -46,9 +48,11 @@ def find(shadow: Shadow, pattern: Pattern) -> tuple[list[Match], list[Miss]]:
 
 
 def _find_reference(shadow: Shadow, pattern: Pattern, reference: Reference) -> tuple[list[Match], list[Miss]]:
+    if not reference.possible(shadow):
+        return [], []
     traced = reference.traced
-    counts = {op: len(shadow.by_op.get(op.op, ())) for op in traced.operators if op.op not in TRANSPARENT}
-    if not counts or min(counts.values()) == 0:
+    counts = {op: len(shadow.by_op[op.op]) for op in traced.operators if op.op not in TRANSPARENT}
+    if not counts:
         return [], []
     anchor = min(counts, key=lambda op: counts[op])
     path = _path_to_root(traced, anchor)
@@ -67,7 +71,7 @@ def _find_reference(shadow: Shadow, pattern: Pattern, reference: Reference) -> t
                 break
             if best is None or search.progress > best.progress:
                 best = Miss(pattern, start, search.progress, search.reason, search.at or root)
-        if best is not None and not found and best.progress >= 0.5:
+        if best is not None and not found and best.progress > 0.5 and not pattern.parts:
             misses.append(best)
     return matches, misses
 
@@ -100,16 +104,6 @@ def _passable(value: Value, pattern: Pattern) -> bool:
     if value.op in TRANSPARENT:
         return True
     return pattern.row_operators and is_row_operator(value)
-
-
-def is_row_operator(value: Value) -> bool:
-    """A slice or reshape that leaves the rows along the last dimension whole."""
-    source = value.inputs[0].meta if value.inputs else None
-    if source is None or value.meta is None or not source.ndim or not value.meta.ndim:
-        return False
-    if value.op == "slice":
-        return value.attrs[0] != -1
-    return value.op == "reshape" and source.shape[-1] == value.meta.shape[-1] and source.static[-1]
 
 
 class _Search:
@@ -173,7 +167,7 @@ class _Search:
         if len(have.inputs) != len(want.inputs):
             self._fail(f"{want.op} of {len(have.inputs)} operands where the pattern has {len(want.inputs)}", have)
             return
-        if have.attrs != want.attrs and want.op not in ("cross_entropy", "reshape", "expand"):
+        if have.attrs != want.attrs and want.op not in FREE_ATTRS:
             self._fail(f"{want.op}{list(have.attrs)} where the pattern needs {want.op}{list(want.attrs)}", have)
             return
         orders = [have.inputs, have.inputs[::-1]] if want.op in COMMUTATIVE else [have.inputs]
@@ -186,19 +180,27 @@ class _Search:
     def _bind_const(self, want: Value, have: Value) -> bool:
         if have.op != "const":
             return self._fail(f"expected a constant, found {_words(have)}", have)
-        given, name = have.const, self.traced.consts.get(want.const)
-        inverse = False
-        if name is None and want.const and (1.0 / want.const) in self.traced.consts:
-            name, inverse = self.traced.consts[1.0 / want.const], True
+        given, (name, back) = have.const, self._const_hole(want.const)
         if name is None:
             same = math.isclose(given, want.const, rel_tol=1e-6)
             return same or self._fail(f"the constant {given!r} where the pattern has {want.const!r}", have)
-        number = 1.0 / given if inverse and given else given
+        number = back(given) if given else given
         if name in self.consts:
             same = math.isclose(self.consts[name], number, rel_tol=1e-9)
             return same or self._fail(f"two values for the constant {name}: {self.consts[name]!r}, {number!r}", have)
         self.consts[name] = number
         return True
+
+    def _const_hole(self, number: float) -> tuple[str | None, Callable[[float], float]]:
+        """Which constant of the reference this number stands for, and how to get it from one found in its place."""
+        known = self.traced.consts
+        if number in known:
+            return known[number], lambda given: given
+        if number and 1.0 / number in known:
+            return known[1.0 / number], lambda given: 1.0 / given
+        if -number in known:
+            return known[-number], lambda given: -given
+        return None, lambda given: given
 
     def _bind_hole(self, want: Value, have: Value) -> bool:
         name = self.traced.holes[want]

@@ -24,6 +24,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from rewriter.canonical.table import TRANSPARENT
 from rewriter.meta import TensorMeta, set_example
 from rewriter.shadow import Shadow, Value, build_shadow
 
@@ -32,16 +33,25 @@ from rewriter.shadow import Shadow, Value, build_shadow
 class Reference:
     """One spelling of a pattern.
 
-    fn:      plain PyTorch function of tensors (positional) and constants (keyword) that returns one tensor
+    fn:      plain PyTorch function of tensors (positional) and constants (keyword) that returns one tensor, or a tuple
+             whose first entry depends on all others
     inputs:  name -> example shape of a float32 tensor, or an example tensor (for integer inputs)
     consts:  names of the float constants that are holes; fn takes each as a keyword
     variant: data about this spelling, found again as `match.variant`
+    extends: a smaller reference whose operators are all in this one: in a graph without them it need not be traced
     """
 
-    fn: Callable[..., torch.Tensor]
+    fn: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
     inputs: Mapping[str, Any]
     consts: tuple[str, ...] = ()
     variant: Mapping[str, Any] = field(default_factory=dict)
+    extends: Reference | None = None
+
+    def possible(self, shadow: Shadow) -> bool:
+        """Whether a graph has all the operators of this reference."""
+        if self.extends is not None and not self.extends.possible(shadow):
+            return False
+        return all(shadow.by_op.get(v.op) for v in self.traced.operators if v.op not in TRANSPARENT)
 
     @cached_property
     def traced(self) -> TracedReference:
@@ -50,10 +60,14 @@ class Reference:
 
 @dataclass(frozen=True, eq=False)
 class TracedReference:
-    """The shadow of a reference: its root, its holes by value, and constant holes by their stand-in number."""
+    """The shadow of a reference: its root, its holes by value, and constant holes by their stand-in number.
+
+    others: what it returns besides the root
+    """
 
     shadow: Shadow
     root: Value
+    others: tuple[Value, ...]
     holes: dict[Value, str]
     consts: dict[float, str]
     operators: tuple[Value, ...]
@@ -88,6 +102,11 @@ class Match:
     def output(self) -> fx.Node:
         return self.root.node
 
+    @property
+    def outputs(self) -> tuple[fx.Node, ...]:
+        """The real nodes that are replaced: `output`, then the reference's other results."""
+        return (self.output, *(self.bound[value].node for value in self.reference.traced.others))
+
     def __getitem__(self, name: str) -> fx.Node:
         """The real node bound to a tensor hole."""
         return self.tensors[name].node
@@ -98,13 +117,14 @@ class Match:
 
     def attrs(self, op: str) -> tuple:
         """Canonical attributes of the matched operator `op` (the first of that name in the reference)."""
-        return self._operator(op).attrs
+        return self.bound_operator(op).attrs
 
     def dtype(self, op: str) -> torch.dtype:
         """The dtype that the matched operator `op` yields."""
-        return self._operator(op).meta.dtype
+        return self.bound_operator(op).meta.dtype
 
-    def _operator(self, op: str) -> Value:
+    def bound_operator(self, op: str) -> Value:
+        """The graph value that the first operator `op` of the reference was found as; KeyError if it has none."""
         for reference, value in self.bound.items():
             if reference.op == op:
                 return value
@@ -132,7 +152,8 @@ class Pattern:
 
     rounded_inputs: the replacement accepts inputs that ambient autocast rounds first (see Match.rounded)
     row_operators:  slices and reshapes that keep the last dimension are seen through inside a match
-    lazy:           names of operators whose result may leave the graph as an output that is computed on demand
+    lazy:           an intermediate result may leave the graph as an output that is computed on demand
+    parts:          of a composite: the patterns that a match of it counts for as well
     """
 
     name: str = ""
@@ -140,6 +161,7 @@ class Pattern:
     rounded_inputs: bool = False
     row_operators: bool = False
     lazy: bool = False
+    parts: tuple[str, ...] = ()
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and vars(self) == vars(other)
@@ -151,6 +173,10 @@ class Pattern:
         """A sentence that says why this match can't be replaced, or None."""
         return None
 
+    def already(self, match: Match) -> str | None:
+        """What the model itself calls here, if nothing better is known: the place is reported and left as it is."""
+        return None
+
     def replacement(self, *matches: Match) -> Call:
         """The call for one match, or for several that `group` put together (then it returns a tuple, in order)."""
         raise NotImplementedError(f"pattern {self.name!r} has no replacement")
@@ -158,6 +184,13 @@ class Pattern:
     def group(self, matches: list[Match]) -> list[tuple[Match, ...]]:
         """Which matches become one call; by default each is alone. A group that can't be one falls apart again."""
         return [(m,) for m in matches]
+
+    def cut(self, match: Match, longest: int) -> Mapping[int, int] | None:
+        """Sizes to verify with instead of the matched ones (size -> size, for token dimensions longer than `longest`).
+
+        None takes the default: the leading dimensions of the largest input are tokens, unless a width is as long.
+        """
+        return None
 
     def sample(
         self, match: Match, name: str, shapes: Mapping[str, tuple[int, ...]], generator: torch.Generator
@@ -190,8 +223,8 @@ def _trace(reference: Reference) -> TracedReference:
     for node in gm.graph.nodes:
         set_example(node, node.meta.get("val"))
     shadow = build_shadow(gm.graph)
-    (result,) = gm.graph.find_nodes(op="output")[0].all_input_nodes
-    root = shadow.of[result]
+    results = gm.graph.find_nodes(op="output")[0].args[0]
+    root, *others = [shadow.of[r] for r in (results if isinstance(results, tuple | list) else [results])]
     holes = dict(zip((shadow.of[n] for n in gm.graph.find_nodes(op="placeholder")), names, strict=True))
     operators, todo = [], [root]
     while todo:
@@ -200,4 +233,4 @@ def _trace(reference: Reference) -> TracedReference:
             continue
         operators.append(value)
         todo.extend(value.inputs)
-    return TracedReference(shadow, root, holes, {v: k for k, v in stand_ins.items()}, tuple(operators))
+    return TracedReference(shadow, root, tuple(others), holes, {v: k for k, v in stand_ins.items()}, tuple(operators))

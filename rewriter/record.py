@@ -12,7 +12,7 @@ from torch import nn
 
 from rewriter.legality import Site
 from rewriter.paths import node_path, site_path
-from rewriter.report import CheckResult, NearMiss, Rewrite
+from rewriter.report import CheckResult, Kept, NearMiss, Rewrite
 from rewriter.rewrite import Refusal, Result
 from rewriter.verify import Verification
 
@@ -29,6 +29,7 @@ class GraphRecord:
     code: Any
     rewrites: list[Rewrite]
     misses: list[NearMiss]
+    kept: list[Kept] = field(default_factory=list)
     paths: dict[str, None] = field(default_factory=dict)
     blocks: set[str] = field(default_factory=set)
 
@@ -66,6 +67,16 @@ def rewrites_of(result: Result, base: str, whole: bool, modules: ModulePaths) ->
     return [_rewrite(site, proof, names, base, whole, modules) for site, proof in result.applied]
 
 
+def kept_of(result: Result, base: str, whole: bool, modules: ModulePaths) -> list[Kept]:
+    """The report's entries for what was recognised in one graph and left, since nothing better is known."""
+    names, kept = _Ordinals(), []
+    for entry in result.kept:
+        outputs, covered = entry.match.outputs, tuple(v.node for v in entry.match.bound.values() if v.node is not None)
+        path = site_path(outputs, covered, base, whole, modules.of)
+        kept.append(Kept(entry.match.pattern.name, (names.name(entry.match.pattern.name, path),), entry.call))
+    return kept
+
+
 def misses_of(result: Result, base: str, modules: ModulePaths) -> list[NearMiss]:
     """The report's entries for what was left alone in one graph."""
     return [_miss(refusal, base, modules) for refusal in result.refused]
@@ -78,12 +89,13 @@ def _rewrite(
     checks = tuple(CheckResult(c.what, c.dtype, c.old_error, c.new_error) for c in proof.checks) if proof else ()
     return Rewrite(
         site.pattern,
-        (names.name(site.pattern, path),),
+        (names.name((*site.matches[0].pattern.parts, site.pattern)[0], path),),
         getattr(site.call.fn, "__name__", repr(site.call.fn)),
         dict(site.call.note),
         len(site.covered),
         checks,
         bool(site.lazy),
+        site.matches[0].pattern.parts,
     )
 
 

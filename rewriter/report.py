@@ -27,6 +27,7 @@ class Rewrite:
     operators:   how many graph nodes it replaced
     verified:    errors of the proof; empty when verification was off
     lazy:        whether a result that the graph returned is now computed on demand
+    parts:       of a composite such as add_rms_norm: the patterns that its places count for as well
     """
 
     pattern: str
@@ -36,6 +37,16 @@ class Rewrite:
     operators: int
     verified: tuple[CheckResult, ...]
     lazy: bool = False
+    parts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Places where the model itself already calls what would be put in: `call`."""
+
+    pattern: str
+    sites: tuple[str, ...]
+    call: str
 
 
 @dataclass(frozen=True)
@@ -78,7 +89,11 @@ class Fallback:
 
 @dataclass(frozen=True)
 class RewriteReport:
-    """Everything `rewriter` did to a model so far. notes: what else it changed about a call, in words."""
+    """Everything `rewriter` did to a model so far.
+
+    kept:  places that were recognised and left, because the model itself calls nothing worse there
+    notes: what else it changed about a call, in words
+    """
 
     rewrites: tuple[Rewrite, ...]
     near_misses: tuple[NearMiss, ...]
@@ -87,6 +102,7 @@ class RewriteReport:
     fallbacks: tuple[Fallback, ...]
     notes: tuple[str, ...]
     environment: dict[str, str]
+    kept: tuple[Kept, ...] = ()
 
     @property
     def graphs(self) -> int:
@@ -99,13 +115,19 @@ class RewriteReport:
         return sum(r.recompiles for r in self.regions)
 
     def sites(self, pattern: str) -> list[str]:
-        """The module path of every place in the model where `pattern` was applied, in module order."""
-        return list(dict.fromkeys(s for r in self.rewrites if r.pattern == pattern for s in r.sites))
+        """The module path of every place in the model that runs as `pattern`: rewritten, or kept as it was so already.
+
+        Composites count for their parts: the places of `add_rms_norm` are among those of `rms_norm`.
+        """
+        rewritten = [s for r in self.rewrites if pattern in (r.pattern, *r.parts) for s in r.sites]
+        kept = [s for k in self.kept if k.pattern == pattern for s in k.sites]
+        return list(dict.fromkeys(rewritten + kept))
 
     def coverage(self) -> dict[str, tuple[int, int]]:
-        """pattern -> (places rewritten, places seen: those and the near misses)."""
+        """pattern -> (places that run as it, places seen: those and the near misses)."""
         result: dict[str, tuple[int, int]] = {}
-        for name in dict.fromkeys([r.pattern for r in self.rewrites] + [m.pattern for m in self.near_misses]):
+        named = [name for r in self.rewrites for name in (r.pattern, *r.parts)]
+        for name in dict.fromkeys(named + [p.pattern for p in (*self.kept, *self.near_misses)]):
             done = self.sites(name)
             missed = {(s, m.node) for m in self.near_misses if m.pattern == name for s in m.sites if s not in done}
             result[name] = (len(done), len(done) + len(missed))

@@ -30,11 +30,20 @@ class Refusal:
     node: fx.Node | None
 
 
+@dataclass(frozen=True)
+class Kept:
+    """A match that stays because the model itself calls nothing worse there: `call`."""
+
+    match: Match
+    call: str
+
+
 @dataclass
 class Result:
     """What rewriting one graph did. `applied` pairs each site with its proof (None when verification is off)."""
 
     applied: list[tuple[Site, Verification | None]] = field(default_factory=list)
+    kept: list[Kept] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
     lazy: list[LazyOutput] = field(default_factory=list)
 
@@ -104,6 +113,10 @@ def choose_sites(
             node = _real(miss.at) or _real(miss.anchor)
             refused[pattern.name, miss.anchor] = Refusal(pattern.name, miss.reason, node)
         for match in matches:
+            call = _guarded(lambda m=match: m.pattern.already(m), pattern, refused, match.root)
+            if call:
+                result.kept.append(Kept(match, call))
+                continue
             site = _legal_site(legality, match, refused)
             if site is not None:
                 candidates.append(site)
@@ -119,6 +132,8 @@ def choose_sites(
             _prove(legality, group, proofs, accepted, refused)
         banned.update(id(site) for site in fresh)
     done = {node for site, _ in accepted for node in site.compute}
+    result.kept = [k for k in result.kept if k.match.output not in done]
+    done |= {value.node for k in result.kept for value in k.match.bound.values()}
     result.refused += [
         r for (_, at), r in refused.items() if not (_real(at) in done or (r.node is not None and r.node in done))
     ]
@@ -160,6 +175,8 @@ def _legal_site(legality: Legality, match: Match, refused: dict) -> Site | None:
 
 
 def _with_trailing_cast(match: Match) -> Match | None:
+    if len(match.outputs) > 1:
+        return None
     users = list(match.root.node.users)
     if len(users) != 1 or len(match.root.users) != 1:
         return None

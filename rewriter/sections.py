@@ -34,10 +34,12 @@ def summary(report: RewriteReport) -> str:
     """The report in one line."""
     if not _contents(report):
         return NOTHING
-    rewritten = sum(done for done, _ in report.coverage().values())
+    rewritten = sum(len({s for r in report.rewrites if r.pattern == name for s in r.sites}) for name in _names(report))
+    kept = sum(len(k.sites) for k in report.kept)
     missed = len({(m.pattern, s, m.node, m.reason) for m in report.near_misses for s in m.sites})
     counts = (
         (rewritten, "place rewritten", "places rewritten"),
+        *([(kept, "place already so", "places already so")] if kept else []),
         (missed, "near miss", "near misses"),
         (report.graphs, "graph compiled", "graphs compiled"),
         (report.recompiles, "recompile", "recompiles"),
@@ -49,18 +51,22 @@ def summary(report: RewriteReport) -> str:
 
 def sections(report: RewriteReport) -> list[Section]:
     """The tables that have anything to say."""
-    tables = [_coverage(report), _rewrites(report), _verification(report), _near_misses(report), _regions(report)]
-    tables += [_graph_breaks(report), _fallbacks(report), _notes(report)]
+    tables = [_coverage(report), _rewrites(report), _kept(report), _verification(report), _near_misses(report)]
+    tables += [_regions(report), _graph_breaks(report), _fallbacks(report), _notes(report)]
     return [table for table in tables if table.rows]
 
 
 def _contents(report: RewriteReport) -> tuple:
-    return report.rewrites + report.near_misses + report.regions + report.graph_breaks + report.fallbacks
+    return report.rewrites + report.kept + report.near_misses + report.regions + report.graph_breaks + report.fallbacks
+
+
+def _names(report: RewriteReport) -> list[str]:
+    return list(dict.fromkeys(r.pattern for r in report.rewrites))
 
 
 def _coverage(report: RewriteReport) -> Section:
     rows = [(_line(p), _line(done), _line(seen)) for p, (done, seen) in report.coverage().items()]
-    return Section("Patterns", ("pattern", "rewritten", "seen"), tuple(rows), frozenset({"pattern"}))
+    return Section("Patterns", ("pattern", "done", "seen"), tuple(rows), frozenset({"pattern"}))
 
 
 def _rewrites(report: RewriteReport) -> Section:
@@ -80,6 +86,13 @@ def _rewrites(report: RewriteReport) -> Section:
         )
     columns = ("pattern", "where", "nodes", "worst error (original's)")
     return Section("Rewrites", columns, tuple(rows), frozenset({"where"}))
+
+
+def _kept(report: RewriteReport) -> Section:
+    rows = []
+    for group in _grouped(report.kept, lambda k: (k.pattern, k.call)):
+        rows.append((_line(group[0].pattern), _where([s for k in group for s in k.sites]), _line(group[0].call)))
+    return Section("Already so", ("pattern", "where", "the model's own call"), tuple(rows), frozenset({"where"}))
 
 
 def _verification(report: RewriteReport) -> Section:

@@ -20,8 +20,8 @@ from rewriter.environment import environment
 from rewriter.log import log
 from rewriter.paths import node_path
 from rewriter.pattern import Pattern
-from rewriter.record import GraphRecord, ModulePaths, misses_of, rewrites_of
-from rewriter.report import Fallback, GraphBreak, NearMiss, RegionReport, Rewrite, RewriteReport
+from rewriter.record import GraphRecord, ModulePaths, kept_of, misses_of, rewrites_of
+from rewriter.report import Fallback, GraphBreak, Kept, NearMiss, RegionReport, Rewrite, RewriteReport
 from rewriter.rewrite import Fuel, Proofs, Result
 
 
@@ -131,7 +131,8 @@ class Session:
         self._modules.refresh()
         kind = self.kinds.get(base, "model")
         rewrites = rewrites_of(result, base, kind == "model", self._modules)
-        record = GraphRecord(base, kind, code, rewrites, misses_of(result, base, self._modules))
+        misses, kept = misses_of(result, base, self._modules), kept_of(result, base, kind == "model", self._modules)
+        record = GraphRecord(base, kind, code, rewrites, misses, kept)
         for node in graph.nodes:
             path = node_path(node, base, self._modules.of)
             record.blocks.update(block for block in self.inlined if path == block or path.startswith(block + "."))
@@ -144,6 +145,7 @@ class Session:
     def report(self) -> RewriteReport:
         rewrites: dict[Any, Rewrite] = {}
         misses: dict[Any, NearMiss] = {}
+        kept: dict[Any, Kept] = {}
         for record in self.graphs:
             for rewrite in record.rewrites:
                 sites = self._everywhere(rewrite.sites, record)
@@ -152,6 +154,9 @@ class Session:
             for miss in record.misses:
                 sites = self._everywhere(miss.sites, record)
                 misses.setdefault((miss.pattern, sites, miss.reason, miss.node), dataclasses.replace(miss, sites=sites))
+            for entry in record.kept:
+                sites = self._everywhere(entry.sites, record)
+                kept.setdefault((entry.pattern, sites, entry.call), dataclasses.replace(entry, sites=sites))
         return RewriteReport(
             rewrites=tuple(rewrites.values()),
             near_misses=tuple(misses.values()),
@@ -160,6 +165,7 @@ class Session:
             fallbacks=tuple(Fallback(w, r, n) for (w, r), n in self._fallbacks.items()),
             notes=tuple(self._notes),
             environment=environment(self.options.executor),
+            kept=tuple(kept.values()),
         )
 
     def _everywhere(self, sites: tuple[str, ...], record: GraphRecord) -> tuple[str, ...]:

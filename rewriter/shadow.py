@@ -72,11 +72,29 @@ class Shadow:
         self.by_op[op].append(value)
         return value
 
+    def replace(self, value: Value, op: str, inputs: tuple[Value, ...]) -> Value:
+        """Another word for a value that was just added and that nothing uses yet."""
+        for operand in value.inputs:
+            operand.users.remove(value)
+        self.values.remove(value)
+        self.by_op[value.op].remove(value)
+        return self.add(op, inputs, (), value.node, value.meta)
+
     def const(self, number: Any) -> Value:
         key = (type(number), number)
         if key not in self._consts:
             self._consts[key] = self.add("const", attrs=(number,))
         return self._consts[key]
+
+
+def is_row_operator(value: Value) -> bool:
+    """A slice or reshape that leaves the rows along the last dimension whole."""
+    source = value.inputs[0].meta if value.inputs else None
+    if source is None or value.meta is None or not source.ndim or not value.meta.ndim:
+        return False
+    if value.op == "slice":
+        return value.attrs[0] != -1
+    return value.op == "reshape" and source.shape[-1] == value.meta.shape[-1] and source.static[-1]
 
 
 def build_shadow(graph: fx.Graph, unstable: frozenset[fx.Node] = frozenset()) -> Shadow:

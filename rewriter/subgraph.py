@@ -26,14 +26,15 @@ def extract(
 
 aten = torch.ops.aten
 _SHAPED = {aten.view, aten.reshape, aten.expand, aten.slice, aten.narrow, aten._unsafe_view, aten.unflatten}
-_LOW = (torch.float16, torch.bfloat16, torch.float32)
+_EXACT = {torch.float16: torch.float64, torch.bfloat16: torch.float64, torch.float32: torch.float64,
+          torch.complex32: torch.complex128, torch.complex64: torch.complex128}  # fmt: skip
 
 
 class Float64(fx.Interpreter):
     """Runs a graph as mathematics: every cast to a narrower float type becomes one to float64."""
 
     def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
-        args, kwargs = pytree.tree_map(lambda a: torch.float64 if _is_dtype(a) and a in _LOW else a, (args, kwargs))
+        args, kwargs = pytree.tree_map(lambda a: _EXACT.get(a, a) if _is_dtype(a) else a, (args, kwargs))
         if target in (aten.type_as.default, aten.to.other):
             return args[0].to(torch.float64) if args[0].is_floating_point() else target(*args, **kwargs)
         return super().call_function(target, args, kwargs)

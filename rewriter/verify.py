@@ -70,7 +70,7 @@ def verify(site: Site, seed: int = 0) -> Verification:
 
 
 def _verify(site: Site, seed: int) -> Verification:
-    plans = _plans([tensor_meta(n) for n in site.inputs])
+    plans = _given_plans(site) or _plans([tensor_meta(n) for n in site.inputs])
     failure = ""
     for sizes in plans:
         try:
@@ -111,6 +111,13 @@ def _untouched_random_state() -> Iterator[None]:
 def _random_state() -> list[torch.Tensor]:
     on_devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return [torch.get_rng_state(), *on_devices]
+
+
+def _given_plans(site: Site) -> list[dict[int, int]]:
+    given = [site.matches[0].pattern.cut(match, MAX_TOKENS) for match in site.matches]
+    if any(cut is None for cut in given):
+        return []
+    return [{size: small for cut in given for size, small in cut.items()}]
 
 
 def _plans(metas: list[TensorMeta]) -> list[dict[int, int]]:
@@ -165,7 +172,7 @@ def _compare(site: Site, sizes: dict[int, int], scale: float, seed: int) -> list
         args, kwargs = pytree.tree_map_only(fx.Node, values.__getitem__, (site.call.args, dict(site.call.kwargs)))
         return site.call.fn(*args, **kwargs)
 
-    exact = {n: s.double() if s.is_floating_point() else s for n, s in samples.items()}
+    exact = {n: _exact(s) for n, s in samples.items()}
     try:
         with _autocast(ambient[1], samples):
             expected, upstream = _run(old, samples, differentiable, None, generators)
@@ -187,6 +194,12 @@ def _compare(site: Site, sizes: dict[int, int], scale: float, seed: int) -> list
     metas = [m for n in (*site.inputs, *site.covered) if (m := tensor_meta(n)) is not None]
     coarsest = max((FLOOR.get(m.dtype, 0.0) for m in metas), default=0.0)
     return [_check(*row, coarsest) for row in zip(names, got, expected, true, strict=True)]
+
+
+def _exact(sample: torch.Tensor) -> torch.Tensor:
+    if sample.is_complex():
+        return sample.to(torch.complex128)
+    return sample.double() if sample.is_floating_point() else sample
 
 
 def _run(
@@ -240,8 +253,9 @@ def _sample(
     expanded = [s == 0 and n > 1 for s, n in zip(meta.stride, meta.shape, strict=True)]
     if given is None:
         base = [1 if e else n for e, n in zip(expanded, shape, strict=True)]
-        if meta.dtype.is_floating_point:
-            given = torch.randn(base, generator=generator, device=meta.device)
+        if meta.dtype.is_floating_point or meta.dtype.is_complex:
+            dtype = torch.complex64 if meta.dtype.is_complex else None
+            given = torch.randn(base, generator=generator, device=meta.device, dtype=dtype)
             if meta.ndim > 1:
                 given = given * scale
         else:

@@ -225,6 +225,7 @@ def eager_rotary(q, k, cos, sin, interleaved=False):
 
 
 EAGER_ACTIVATIONS = {
+    "identity": lambda x: x,
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -232,17 +233,42 @@ EAGER_ACTIVATIONS = {
     "relu2": lambda x: F.relu(x).square(),
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
+    "softplus": F.softplus,
+    "mish": F.mish,
+    "elu": F.elu,
+    "leaky_relu": F.leaky_relu,
 }
 
 
-def eager_glu(gate, up, activation):
-    return EAGER_ACTIVATIONS[activation](gate) * up
+def eager_glu(gate, up, activation, *, alpha=None, limit=None, shift=None):
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    act = EAGER_ACTIVATIONS[activation](gate) if alpha is None else gate * torch.sigmoid(alpha * gate)
+    return act * (up if shift is None else up + shift)
+
+
+def eager_glu_packed(x, activation, gate_first=True, interleaved=False, **options):
+    first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, -1)
+    return eager_glu(*((first, second) if gate_first else (second, first)), activation, **options)
+
+
+def eager_cross_entropy(
+    logits, target, *, weight=None, scale=1.0, softcap=None, z_loss=0.0, out_dtype=None, ignore_index=-100,
+    reduction="mean", **options
+):  # fmt: skip
+    z, target = wide(logits.flatten(0, -2)) * scale, target.flatten()
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    weight = None if weight is None else weight.to(z)
+    loss = F.cross_entropy(z, target, weight, ignore_index=ignore_index, reduction=reduction, **options)
+    if z_loss:
+        keep = target != ignore_index
+        square = torch.where(keep, z.logsumexp(-1).square(), 0)
+        loss = loss + z_loss * {"none": square, "sum": square.sum(), "mean": square.sum() / keep.sum()}[reduction]
+    return loss if logits.dtype == torch.float64 else loss.to(out_dtype or logits.dtype)
 
 
 def eager_linear_cross_entropy(
-    x, weight, target, bias=None, *, scale=1.0, softcap=None, out_dtype=None, chunk_tokens=None, **options
+    x, weight, target, bias=None, *, class_weight=None, out_dtype=None, chunk_tokens=None, **options
 ):
-    z = wide(F.linear(x, weight, bias).flatten(0, -2)) * scale
-    z = z if softcap is None else softcap * torch.tanh(z / softcap)
-    loss = F.cross_entropy(z, target.flatten(), **options)
-    return loss if x.dtype == torch.float64 else loss.to(out_dtype or x.dtype)
+    out_dtype = out_dtype or x.dtype
+    return eager_cross_entropy(F.linear(x, weight, bias), target, weight=class_weight, out_dtype=out_dtype, **options)

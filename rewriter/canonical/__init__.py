@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from rewriter.canonical import layout, pointwise, products  # noqa: F401  they register their rules
+from rewriter.canonical import complex, layout, losses, pointwise, products, reductions  # noqa: F401  rules
 from rewriter.canonical.table import COMMUTATIVE, RULES, TRANSPARENT, cast
 from rewriter.shadow import Shadow, Value
 

@@ -1,10 +1,12 @@
 """Canonical form of what moves or retypes values: casts, copies, views, slices, concatenations.
 
-Slices are fractions of the size they cut, so one reference serves every width.
+Slices are fractions of the size they cut, so one reference serves every width. Pairs of features have one form however
+they are cut out: `x[..., ::2]` equals `x.view(..., d // 2, 2)[..., 0]`, and a flattened `stack` is a `cat`.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from fractions import Fraction
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 from torch import fx
 
 from rewriter.canonical.table import aten, negative, rule
-from rewriter.meta import hint, tensor_meta
+from rewriter.meta import TensorMeta, hint, tensor_meta
 from rewriter.shadow import Shadow, Value
 
 
@@ -48,7 +50,22 @@ def _reshape(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
         return None
     if meta.shape == args[0].meta.shape and all(meta.static) and all(args[0].meta.static):
         return args[0] if meta.stride == args[0].meta.stride else shadow.add("copy", (args[0],), (), node)
+    source = args[0].inputs[0] if args[0].op == "reshape" else None
+    if source is not None and source.node is None and source.meta is not None and source.meta.shape == meta.shape:
+        return source  # a dimension that was dropped in the shadow only is back
+    if args[0].op == "stack" and (joined := _joined(shadow, node, args[0], meta)) is not None:
+        return joined
     return shadow.add("reshape", (args[0],), (meta.shape,), node, unique=not all(meta.static))
+
+
+def _joined(shadow: Shadow, node: fx.Node, stack: Value, meta: TensorMeta) -> Value | None:
+    """A stack along one of the last two dimensions, both flattened into one: a concatenation or an interleaving."""
+    shape = stack.meta.shape
+    if meta.shape != (*shape[:-2], math.prod(shape[-2:])) or not all(stack.meta.static[-2:]):
+        return None
+    if stack.attrs[0] == -1:
+        return shadow.add("interleave", stack.inputs, (), node)
+    return shadow.add("cat", stack.inputs, (-1,), node) if stack.attrs[0] == -2 else None
 
 
 @rule(aten.expand, aten.expand_as, aten.broadcast_to)
@@ -81,9 +98,12 @@ def _permute(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
 
 
 def _slice_value(
-    shadow: Shadow, node: fx.Node, value: Value, dim: int, start: int, end: int, step: int
+    shadow: Shadow, node: fx.Node | None, value: Value, dim: int, start: int, end: int, step: int
 ) -> Value | None:
-    """A slice as fractions of the size: `x[..., :d // 2]` reads the same for every d."""
+    """A slice as fractions of the size: `x[..., :d // 2]` reads the same for every d.
+
+    attrs: (dim, start, end, 1) with fractions, (dim, "every", step, first) to the end, or with "dynamic" at the end.
+    """
     meta = value.meta
     if meta is None:
         return None
@@ -94,7 +114,68 @@ def _slice_value(
         return value
     if not meta.static[dim]:
         return shadow.add("slice", (value,), (dim, start, end, step, "dynamic"), node, unique=True)
-    return shadow.add("slice", (value,), (dim, Fraction(start, size or 1), Fraction(end, size or 1), step), node)
+    shape = list(meta.shape)
+    shape[dim] = max(0, -(-(end - start) // step))
+    new = TensorMeta(tuple(shape), meta.stride, meta.dtype, meta.device, meta.requires_grad, meta.static)
+    attrs: tuple = (dim, Fraction(start, size or 1), Fraction(end, size or 1), step)
+    if step > 1 and start < step and end > size - step:
+        attrs = (dim, "every", step, start)
+    return shadow.add("slice", (value,), attrs, node, meta=None if node is not None else new)
+
+
+def _select_value(shadow: Shadow, node: fx.Node, value: Value, dim: int, index: int) -> Value | None:
+    """One position along a dimension, which disappears."""
+    meta = value.meta
+    if meta is None or tensor_meta(node) is None:
+        return None
+    dim = negative(dim, meta.ndim)
+    size = meta.shape[dim]
+    index = index + size if index < 0 else index
+    pairs = _split_last(value)
+    if pairs is not None and dim in (-1, -2):
+        source, width = pairs, meta.shape[-1]
+        if dim == -1:
+            return _slice_value(shadow, node, source, -1, index, source.meta.shape[-1], width)
+        return _slice_value(shadow, node, source, -1, index * width, (index + 1) * width, 1)
+    if not meta.static[dim]:
+        return None
+    part = _slice_value(shadow, None, value, dim, index, index + 1, 1)
+    return shadow.add("reshape", (part,), (tensor_meta(node).shape,), node, unique=not all(tensor_meta(node).static))
+
+
+def part_of_pairs(shadow: Shadow, value: Value, index: int) -> Value | None:
+    """`value[..., index]` of a tensor whose last dimension holds pairs."""
+    meta = value.meta
+    if meta is None or not meta.ndim or meta.shape[-1] != 2:
+        return None
+    source = _split_last(value)
+    if source is not None:
+        return _slice_value(shadow, None, source, -1, index, source.meta.shape[-1], 2)
+    part = _slice_value(shadow, None, value, -1, index, index + 1, 1)
+    return shadow.add("reshape", (part,), (meta.shape[:-1],), unique=not all(meta.static))
+
+
+def _split_last(value: Value) -> Value | None:
+    """The tensor whose last dimension was split in two by this reshape."""
+    if value.op != "reshape" or value.inputs[0].meta is None:
+        return None
+    before, after = value.inputs[0].meta, value.meta
+    split = after.ndim == before.ndim + 1 and after.shape[:-2] == before.shape[:-1]
+    return value.inputs[0] if split and before.static[-1] and all(after.static[-2:]) else None
+
+
+@rule(aten.select)
+def _select(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
+    value, dim, index = args[:3]
+    return _select_value(shadow, node, value, dim, index) if isinstance(index, int) else None
+
+
+@rule(aten.unbind)
+def _unbind(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
+    value, dim = args[:2]
+    if value.meta is None:
+        return None
+    return shadow.add("positions", (value,), (negative(dim, value.meta.ndim),), node)
 
 
 @rule(aten.slice)
@@ -119,7 +200,14 @@ def _narrow(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
 @rule(operator.getitem)
 def _getitem(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
     parts = args[0]
-    if not isinstance(parts, Value) or parts.op != "parts" or tensor_meta(node) is None:
+    if not isinstance(parts, Value) or tensor_meta(node) is None:
+        return None
+    if parts.op == "positions":
+        return _select_value(shadow, node, parts.inputs[0], parts.attrs[0], args[1])
+    if parts.op == "results":
+        result = parts.inputs[args[1]]
+        return shadow.add(result.op, result.inputs, result.attrs, node)
+    if parts.op != "parts":
         return None
     dim, edges = parts.attrs
     index = args[1] % (len(edges) - 1)
@@ -155,3 +243,17 @@ def _cat(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
         return None
     name = "stack" if node.target.overloadpacket is aten.stack else "cat"
     return shadow.add(name, tuple(parts), (negative(args[1], meta.ndim),), node)
+
+
+@rule(aten.roll)
+def _roll(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
+    value, shifts, dims = args[:3]
+    if value.meta is None or len(shifts) != 1 or len(dims) != 1 or not isinstance(shifts[0], int):
+        return None
+    dim = negative(dims[0], value.meta.ndim)
+    size = value.meta.shape[dim]
+    if not size or not value.meta.static[dim]:
+        return None
+    cut = size - shifts[0] % size
+    parts = [_slice_value(shadow, None, value, dim, *span, 1) for span in ((cut, size), (0, cut))]
+    return shadow.add("cat", tuple(parts), (dim,), node)

@@ -1,4 +1,4 @@
-"""Canonical form of matrix products, library norms and losses."""
+"""Canonical form of matrix products, attention and library norms."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from rewriter.canonical.table import aten, rule
+from rewriter.meta import tensor_meta
 from rewriter.shadow import Shadow, Value
 
 
@@ -17,7 +18,7 @@ def _linear(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value:
     return shadow.add("linear", tuple(a for a in args[:3] if a is not None), (), node)
 
 
-@rule(aten.matmul, aten.mm, operator.matmul)
+@rule(aten.matmul, aten.mm, aten.bmm, operator.matmul)
 def _matmul(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
     left, right = args[:2]
     if right.op == "permute" and right.inputs[0].meta is not None and right.inputs[0].meta.ndim == 2:
@@ -33,6 +34,43 @@ def _addmm(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
     return shadow.add("linear", (left, right.inputs[0], bias), (), node)
 
 
+@rule(aten.baddbmm)
+def _baddbmm(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
+    added, left, right, beta, alpha = args[:5]
+    if not all(isinstance(n, int | float) for n in (beta, alpha)):
+        return None
+    meta = tensor_meta(node)
+    product = shadow.add("matmul", (left, right), meta=meta)
+    if alpha != 1:
+        product = shadow.add("mul", (product, shadow.const(float(alpha))), meta=meta)
+    if beta == 0:
+        return shadow.add(product.op, product.inputs, product.attrs, node)
+    if beta != 1:
+        added = shadow.add("mul", (added, shadow.const(float(beta))), meta=added.meta)
+    return shadow.add("add", (product, added), (), node)
+
+
+@rule(aten.scaled_dot_product_attention)
+def _attention(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
+    query, key, value, mask, dropout, is_causal, *_ = args
+    if dropout:
+        return None
+    scale = node.kwargs.get("scale")
+    if scale is not None and not isinstance(scale, int | float):
+        return None
+    attrs = (bool(is_causal), scale, bool(node.kwargs.get("enable_gqa", False)))
+    return shadow.add("attention", (query, key, value, *([mask] if mask is not None else [])), attrs, node)
+
+
+@rule(aten.layer_norm)
+def _layer_norm(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
+    value, shape, weight, bias, eps = args[:5]
+    if len(shape) != 1 or value.meta is None or (weight is None and bias is not None):
+        return None
+    parts = tuple(w for w in (weight, bias) if w is not None)
+    return shadow.add("layer_norm", (value, *parts, shadow.const(float(eps))), (), node)
+
+
 @rule(aten.rms_norm)
 def _rms_norm(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
     value, shape, weight, eps = args[:4]
@@ -41,12 +79,3 @@ def _rms_norm(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
     eps = torch.finfo(value.meta.dtype).eps if eps is None else eps
     weights = () if weight is None else (weight,)
     return shadow.add("rms_norm", (value, *weights, shadow.const(float(eps))), (), node)
-
-
-@rule(aten.cross_entropy_loss)
-def _cross_entropy(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
-    logits, target, weight, reduction, ignore_index, smoothing = args[:6]
-    if target.meta is None or target.meta.dtype.is_floating_point:
-        return None  # class probabilities as targets
-    inputs = (logits, target) if weight is None else (logits, target, weight)
-    return shadow.add("cross_entropy", inputs, (int(reduction), int(ignore_index), float(smoothing)), node)

@@ -34,8 +34,13 @@ def rule(*targets: Any) -> Callable[[Rule], Rule]:
 
 
 def operand(shadow: Shadow, given: Any) -> Value | None:
-    """A tensor or number as a value; None for anything else (a symbolic size, say)."""
+    """A tensor or number as a value; None for anything else (a symbolic size, say).
+
+    Pointwise operators broadcast their operands, so an expansion before them says nothing.
+    """
     if isinstance(given, Value):
+        while given.op == "expand":
+            given = given.inputs[0]
         return given
     if isinstance(given, bool | int | float):
         return shadow.const(float(given))

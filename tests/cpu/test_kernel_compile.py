@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for sm_80 and sm_90 without a GPU, from the arguments a CUDA run would launch it with.
+"""Every Triton kernel compiles for sm_80, sm_89 and sm_90 without a GPU, from the arguments of a CUDA run.
 
 The launches themselves are recorded: the families' Triton paths run on CPU tensors with the launcher replaced, so grid,
 constants and warps are the real ones. Spills are read from the bundled ptxas.
@@ -17,7 +17,7 @@ from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from rewriter.kernels import glu, linear_cross_entropy, rms_norm, rotary  # noqa: E402
+from rewriter.kernels import cross_entropy, glu, layer_norm, linear_cross_entropy, rms_norm, rotary  # noqa: E402
 
 TYPES = {
     torch.bfloat16: "*bf16",
@@ -33,6 +33,23 @@ def rms_norm_launches(width, dtype):
     rms_norm.rms_norm(x, w, 1e-6, round_before_weight=True).backward(torch.ones_like(x))
 
 
+def add_rms_norm_launches(width, dtype, **options):
+    x, r, w = (torch.ones(*shape, width, dtype=dtype, requires_grad=True) for shape in ((64,), (64,), ()))
+    out = rms_norm.add_rms_norm(x, r, w, 1e-6, round_before_weight=True, **options)
+    torch.autograd.backward(out, [torch.ones_like(t) for t in out])
+
+
+def layer_norm_launches(width, dtype, **options):
+    x, w, b = (torch.ones(*shape, width, dtype=dtype, requires_grad=True) for shape in ((64,), (), ()))
+    layer_norm.layer_norm(x, w, b, 1e-6, **options).backward(torch.ones_like(x))
+
+
+def add_layer_norm_launches(width, dtype):
+    x, r, w, b = (torch.ones(*shape, width, dtype=dtype, requires_grad=True) for shape in ((64,), (64,), (), ()))
+    out = layer_norm.add_layer_norm(x, r, w, b, 1e-6)
+    torch.autograd.backward(out, [torch.ones_like(t) for t in out])
+
+
 def rotary_launches(width, dtype, interleaved=False):
     q, k = (torch.ones(2, 16, heads, width, dtype=dtype).transpose(1, 2).requires_grad_() for heads in (8, 2))
     cos, sin = (torch.ones(1, 1, 16, width, dtype=dtype) for _ in range(2))
@@ -43,6 +60,18 @@ def rotary_launches(width, dtype, interleaved=False):
 def glu_launches(width, dtype, activation="silu"):
     gate, up = (torch.ones(16, width, dtype=dtype, requires_grad=True) for _ in range(2))
     glu.glu(gate, up, activation=activation).backward(torch.ones_like(up))
+
+
+def glu_clamped_launches(width, dtype, interleaved):
+    x = torch.ones(16, 2 * width, dtype=dtype, requires_grad=True)
+    y = glu.glu_packed(x, activation="silu", interleaved=interleaved, alpha=1.702, limit=7.0, shift=1.0)
+    y.backward(torch.ones_like(y))
+
+
+def cross_entropy_launches(classes, dtype, weighted=False, **options):
+    logits, target = torch.ones(16, classes, dtype=dtype, requires_grad=True), torch.zeros(16, dtype=torch.int64)
+    weight = torch.ones(classes) if weighted else None
+    cross_entropy.cross_entropy(logits, target, weight=weight, **options).sum().backward()
 
 
 def linear_cross_entropy_launches(classes, dtype, **options):
@@ -57,9 +86,24 @@ CASES = {
     "rms_norm 4096": lambda dtype: rms_norm_launches(4096, dtype),
     "rms_norm 8192": lambda dtype: rms_norm_launches(8192, dtype),
     "rms_norm 32768": lambda dtype: rms_norm_launches(32768, dtype),
+    "add_rms_norm 1536": lambda dtype: add_rms_norm_launches(1536, dtype),
+    "add_rms_norm 8192, all options": lambda dtype: add_rms_norm_launches(8192, dtype, scale=0.5, floor=0.1),
+    "add_rms_norm 32768, all options": lambda dtype: add_rms_norm_launches(32768, dtype, scale=0.5, floor=0.1),
+    "layer_norm 768": lambda dtype: layer_norm_launches(768, dtype),
+    "layer_norm 8192": lambda dtype: layer_norm_launches(8192, dtype, offset=1.0, round_before_weight=True),
+    "add_layer_norm 128": lambda dtype: add_layer_norm_launches(128, dtype),
+    "add_layer_norm 8192": lambda dtype: add_layer_norm_launches(8192, dtype),
+    "add_layer_norm 32768": lambda dtype: add_layer_norm_launches(32768, dtype),
     "rotary 128": lambda dtype: rotary_launches(128, dtype),
     "rotary 64, interleaved": lambda dtype: rotary_launches(64, dtype, interleaved=True),
     **{f"glu {name}": lambda dtype, name=name: glu_launches(8960, dtype, name) for name in glu.ACTIVATIONS},
+    "glu clamped": lambda dtype: glu_clamped_launches(2880, dtype, interleaved=False),
+    "glu clamped, interleaved": lambda dtype: glu_clamped_launches(2880, dtype, interleaved=True),
+    "loss of logits": lambda dtype: cross_entropy_launches(151936, dtype),
+    "loss of logits, all options": lambda dtype: cross_entropy_launches(
+        50257, dtype, weighted=True, softcap=30.0, label_smoothing=0.1, z_loss=1e-4
+    ),
+    "loss of each row of logits": lambda dtype: cross_entropy_launches(1000, dtype, reduction="none"),
     "loss": lambda dtype: linear_cross_entropy_launches(151936, dtype),
     "loss, all options": lambda dtype: linear_cross_entropy_launches(50257, dtype, softcap=30.0, label_smoothing=0.1),
     "loss of each row": lambda dtype: linear_cross_entropy_launches(50257, dtype, reduction="none"),
@@ -76,7 +120,7 @@ def launches(monkeypatch):
         recorded.append((kernel, arguments, keywords))
 
     monkeypatch.setattr(JITFunction, "run", run)
-    for family in (glu, linear_cross_entropy, rms_norm, rotary):
+    for family in (cross_entropy, glu, layer_norm, rms_norm, rotary):
         monkeypatch.setattr(family, "use_triton", lambda x: True)
     return recorded
 
@@ -109,7 +153,9 @@ def spilled_bytes(ptx, capability, folder):
     return sum(int(stores) + int(loads) for stores, loads in found)
 
 
-@pytest.mark.parametrize("capability, dtype", [(90, torch.bfloat16), (90, torch.float32), (80, torch.bfloat16)])
+@pytest.mark.parametrize(
+    "capability, dtype", [(90, torch.bfloat16), (90, torch.float32), (89, torch.bfloat16), (80, torch.bfloat16)]
+)
 @pytest.mark.parametrize("case", CASES)
 def test_compiles_without_spills(case, capability, dtype, launches, tmp_path):
     CASES[case](dtype)
@@ -125,6 +171,6 @@ def test_compiles_without_spills(case, capability, dtype, launches, tmp_path):
 def test_every_kernel_is_compiled(launches):
     for case in CASES.values():
         case(torch.bfloat16)
-    families = (glu, linear_cross_entropy, rms_norm, rotary)
+    families = (cross_entropy, glu, layer_norm, rms_norm, rotary)
     kernels = {f.__name__ for m in families for f in vars(m).values() if isinstance(f, JITFunction)}
     assert {k for k in kernels if k.endswith("_kernel")} == {kernel.__name__ for kernel, *_ in launches}

@@ -12,6 +12,7 @@ OPTIONS = [
     {"label_smoothing": 0.1},
     {"softcap": 3.0, "scale": 0.7},
     {"softcap": 2.0, "label_smoothing": 0.2, "out_dtype": torch.float32},
+    {"class_weight": torch.linspace(0.5, 2.0, 37), "label_smoothing": 0.2, "z_loss": 1e-2},
 ]
 
 
@@ -135,9 +136,10 @@ def test_memory_is_bounded_by_the_chunk(monkeypatch):
 
 def test_operators_are_well_defined():
     x, w, target, b = (t.detach() for t in inputs())
-    options = (-100, 0.1, 1.0, None, None, 8)
-    torch.library.opcheck(torch.ops.rewriter.linear_cross_entropy, (x, w, target, b, None, *options, True, True, False))
-    torch.library.opcheck(torch.ops.rewriter.scaled, (x, torch.tensor(2.0), torch.bfloat16))
+    options = (-100, 0.1, 1.0, None, 1e-2, None, 8)
+    for extra in ((None, None, None), (torch.rand(37), torch.tensor(0.5), None)):
+        arguments = (x, w, target, b, *extra, *options, True, True, False)
+        torch.library.opcheck(torch.ops.rewriter.linear_cross_entropy, arguments)
 
 
 def test_wrong_arguments_are_named():
@@ -148,3 +150,5 @@ def test_wrong_arguments_are_named():
         linear_cross_entropy(x, w, target.flatten()[:-1])
     with pytest.raises(ValueError, match="label_smoothing"):
         linear_cross_entropy(x, w, target, label_smoothing=2.0)
+    with pytest.raises(ValueError, match=r"shape \[37\], not \[16\]"):
+        linear_cross_entropy(x, w, target, class_weight=torch.ones(16))

@@ -2,15 +2,51 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from numerics import BEHAVIOURS, compare, eager_rms_norm, strided
 
-from rewriter.kernels.rms_norm import rms_norm
+from rewriter.kernels.rms_norm import add_rms_norm, rms_norm
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
 def both(**options):
     return lambda x, w: rms_norm(x, w, 1e-6, **options), lambda x, w: eager_rms_norm(x, w, 1e-6, **options)
+
+
+def both_added(**options):
+    def old(x, r, w):
+        return eager_rms_norm(x + r, w, 1e-6, **options), x + r
+
+    return lambda x, r, w: add_rms_norm(x, r, w, 1e-6, **options), old
+
+
+def both_scaled(scale, round_before_weight=False):
+    """scale * x * rstd, and its weight after the optional rounding."""
+
+    def old(x, w):
+        n = eager_rms_norm(x, None, 1e-6, out_dtype=torch.promote_types(x.dtype, torch.float32)) * scale
+        return ((n.to(x.dtype) if round_before_weight else n) * w).to(x.dtype)
+
+    return lambda x, w: rms_norm(x, w, 1e-6, scale=scale, round_before_weight=round_before_weight), old
+
+
+def both_floored(floor):
+    """torch.nn.functional.normalize, whose norm is sqrt(D) times the root mean square."""
+
+    def new(x):
+        root = x.shape[-1] ** 0.5
+        return rms_norm(x, None, 0.0, scale=1 / root, floor=floor / root)
+
+    return new, lambda x: F.normalize(x, dim=-1, eps=floor)
+
+
+def rows_around_the_floor(*shape, **options):
+    """Rows of norm 0, far below sqrt(D), and around it."""
+    x = strided(*shape, grad=False, **options)
+    x[..., 0, :] = 0
+    x[..., 1, :] *= 1e-2
+    return x.requires_grad_()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -33,7 +69,10 @@ def test_float32_weight_on_bfloat16_input():
 @pytest.mark.parametrize("order", [(0, 2, 1, 3), (2, 0, 1, 3), (0, 1, 3, 2), (3, 1, 2, 0)])
 @pytest.mark.parametrize("kind", ["dense", "expanded", "strided"])
 def test_permuted_input_keeps_its_layout(order, kind):
-    compare(*both(), [strided(2, 3, 5, 16, order=order), strided(16, seed=2)], kind=kind)
+    x, r, w = strided(2, 3, 5, 16, order=order), strided(2, 3, 5, 16, seed=3), strided(16, seed=2)
+    compare(*both(), [x, w], kind=kind)
+    compare(*both_added(), [x, r, w], kind=kind)
+    compare(*both_added(), [r, x, w], kind=kind)
 
 
 def test_slice_of_a_packed_projection():
@@ -45,6 +84,63 @@ def test_slice_of_a_packed_projection():
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0, 8), (1, 8), (8,)])
 def test_small_shapes(shape):
     compare(*both(), [strided(*shape), strided(8, seed=2)])
+    compare(*both_added(), [strided(*shape), strided(*shape, seed=3), strided(8, seed=2)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("round_before_weight", [False, True])
+def test_scale(dtype, round_before_weight):
+    inputs = [strided(3, 7, 65, dtype=dtype), strided(65, dtype=dtype, seed=2)]
+    compare(*both_scaled(0.3, round_before_weight), inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("width", [1, 7, 33])
+def test_floor(dtype, width):
+    compare(*both_floored(0.5 * width**0.5), [rows_around_the_floor(3, 7, width, dtype=dtype)])
+
+
+def test_floor_of_normalize():
+    """The usual 1e-12: rows of zeros get the large but finite gradient dy / floor, the others theirs."""
+    x = rows_around_the_floor(5, 33)
+    new, old = (f(x) for f in both_floored(1e-12))
+    dy = strided(5, 33, grad=False, seed=4)
+    for a, b in zip(torch.autograd.grad(new, x, dy)[0], torch.autograd.grad(old, x, dy)[0], strict=True):
+        assert torch.isfinite(a).all() and a.norm() > 0
+        torch.testing.assert_close(a, b)
+
+
+def test_negative_floor_is_named():
+    with pytest.raises(ValueError, match="floor must be at least 0"):
+        rms_norm(torch.zeros(2, 4), None, 1e-6, floor=-1.0)
+
+
+@pytest.mark.parametrize("x, residual", [("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float16")])
+@pytest.mark.parametrize("options", [{}, {"offset": 1.0, "round_before_weight": True}, {"out_dtype": torch.float32}])
+def test_sum(x, residual, options):
+    inputs = [strided(3, 7, 33, dtype=getattr(torch, x)), strided(3, 7, 33, dtype=getattr(torch, residual), seed=3)]
+    truth = both_added(**{k: v for k, v in options.items() if k != "out_dtype"})[1]
+    compare(*both_added(**options), [*inputs, strided(33, seed=2)], truth=truth)
+
+
+def test_sum_with_scale_and_floor():
+    x, r = rows_around_the_floor(3, 7, 33), strided(3, 7, 33, grad=False, seed=3)
+    r[..., :2, :] = 0
+    options = dict(scale=0.3, floor=0.5, offset=1.0)
+
+    def old(x, r, w):
+        return 0.3 * 33**0.5 * F.normalize(x + r, dim=-1, eps=0.5 * 33**0.5) * (1.0 + w), x + r
+
+    compare(lambda *t: add_rms_norm(*t, 0.0, **options), old, [x, r.requires_grad_(), strided(33, seed=2)])
+
+
+@pytest.mark.parametrize("output", [0, 1])
+def test_gradient_of_one_output_only(output):
+    inputs = [strided(3, 33), strided(3, 33, seed=3), strided(33, seed=2)]
+    wanted = inputs if output == 0 else inputs[:2]
+    grads = [torch.autograd.grad(f(*inputs)[output].square().sum(), wanted) for f in both_added()]
+    for new, old in zip(*grads, strict=True):
+        torch.testing.assert_close(new, old)
 
 
 def test_autocast_leaves_the_computation_in_float32():
@@ -58,13 +154,31 @@ def test_behaviour(behaviour):
     behaviour(lambda x, w: rms_norm(x, w, 1e-6), lambda n: [strided(2, n, 3, 16, order=(0, 2, 1, 3)), strided(16)])
 
 
+@pytest.mark.parametrize("behaviour", BEHAVIOURS)
+def test_behaviour_of_the_sum(behaviour):
+    def build(n):
+        return [strided(2, n, 3, 16, order=(0, 2, 1, 3)), strided(2, n, 3, 16, seed=3), strided(16, seed=2)]
+
+    behaviour(lambda x, r, w: add_rms_norm(x, r, w, 1e-6, scale=0.3, floor=0.5), build)
+
+
 def test_operators_are_well_defined():
+    ops = torch.ops.rewriter
     x, w = strided(3, 5, 8, order=(1, 0, 2), grad=False), strided(8, grad=False)
-    torch.library.opcheck(torch.ops.rewriter.rms_norm_forward, (x, w, 1e-6, 0.0, False, torch.float32))
-    y, rstd = torch.ops.rewriter.rms_norm_forward(x, w, 1e-6, 0.0, False, torch.float32)
-    torch.library.opcheck(torch.ops.rewriter.rms_norm_backward, (y, x, w, rstd, 0.0, False, True, False))
+    r = strided(3, 5, 8, grad=False, seed=3)
+    options = (1e-6, 0.0, 0.5, 0.1, False, torch.float32)
+    torch.library.opcheck(ops.rms_norm_forward, (x, w, *options))
+    torch.library.opcheck(ops.add_rms_norm_forward, (x, r, w, *options))
+    y, s, rstd = ops.add_rms_norm_forward(x, r, w, *options)
+    for ds, need_dw in ((None, False), (y, True)):
+        torch.library.opcheck(ops.rms_norm_backward, (y, ds, s, w, rstd, 0.0, 0.5, 0.1, False, True, need_dw))
 
 
 def test_wrong_weight_is_named():
     with pytest.raises(ValueError, match="weight must have shape"):
         rms_norm(torch.zeros(2, 4), torch.zeros(5), 1e-6)
+
+
+def test_unequal_shapes_are_named():
+    with pytest.raises(ValueError, match="must have the same shape"):
+        add_rms_norm(torch.zeros(2, 4), torch.zeros(1, 4), None, 1e-6)

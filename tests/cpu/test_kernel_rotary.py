@@ -79,7 +79,7 @@ def test_behaviour(behaviour, with_k):
 
 def test_operator_is_well_defined():
     q, k = (strided(2, h, 5, 8, order=HEADS_INSIDE, grad=False) for h in (4, 2))
-    arguments = (q, k, *tables(1, 1, 5, 8), False, False, torch.float32, torch.float32)
+    arguments = (q, k, *tables(1, 1, 5, 8), False, False, False, torch.float32, torch.float32)
     torch.library.opcheck(torch.ops.rewriter.rotary, (*arguments, None, None))
     torch.library.opcheck(torch.ops.rewriter.rotary, (*arguments, q.stride(), (80, 40, 8, 1)))
 

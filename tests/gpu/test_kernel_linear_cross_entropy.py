@@ -12,6 +12,7 @@ OPTIONS = [
     {"label_smoothing": 0.1},
     {"softcap": 30.0, "scale": 0.7},
     {"softcap": 5.0, "label_smoothing": 0.2, "out_dtype": torch.float32},
+    {"class_weight": torch.linspace(0.5, 2.0, 5003), "label_smoothing": 0.2, "z_loss": 1e-2},
 ]
 
 
@@ -35,6 +36,7 @@ def inputs(rows=(3, 77), width=96, classes=5003, dtype=torch.float32, bias=True,
 @pytest.mark.parametrize("options", OPTIONS)
 def test_numbers(dtype, reduction, options):
     options = {k: v for k, v in options.items() if k != "out_dtype" or dtype is not torch.float64}
+    options = {k: v.cuda() if k == "class_weight" else v for k, v in options.items()}
     compare(*both(reduction=reduction, chunk_tokens=64, **options), inputs(dtype=dtype))
 
 

@@ -2,15 +2,23 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from numerics import BEHAVIOURS, compare, compiles_inductor, eager_rms_norm, strided, upstream_like
 
-from rewriter.kernels.rms_norm import rms_norm
+from rewriter.kernels.rms_norm import add_rms_norm, rms_norm
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
 def both(**options):
     return lambda x, w: rms_norm(x, w, 1e-6, **options), lambda x, w: eager_rms_norm(x, w, 1e-6, **options)
+
+
+def both_added(**options):
+    def old(x, r, w):
+        return eager_rms_norm(x + r, w, 1e-6, **options), x + r
+
+    return lambda x, r, w: add_rms_norm(x, r, w, 1e-6, **options), old
 
 
 def tensor(*shape, **options):
@@ -26,11 +34,37 @@ def test_numbers(dtype, options, width):
     compare(*both(), [x, None])
 
 
+@pytest.mark.parametrize("x, residual", [("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float16")])
+@pytest.mark.parametrize("options", [{}, {"offset": 1.0, "round_before_weight": True}])
+@pytest.mark.parametrize("width", [1, 63, 1536, 8192, 16385])
+def test_sum(x, residual, options, width):
+    inputs = [tensor(257, width, dtype=getattr(torch, x)), tensor(257, width, dtype=getattr(torch, residual), seed=3)]
+    compare(*both_added(**options), [*inputs, tensor(width, seed=2)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 64, 1000, 5001, 32768])
+def test_scale_and_floor(dtype, width):
+    """torch.nn.functional.normalize with rows of norm 0, below the floor and around it, alone and of a sum."""
+    x, root, floor = tensor(257, width, dtype=dtype, grad=False), width**0.5, 0.5 * width**0.5
+    x[0], x[1] = 0, x[1] * 1e-2
+    options = dict(scale=1 / root, floor=floor / root)
+    compare(
+        lambda x: rms_norm(x, None, 0.0, **options), lambda x: F.normalize(x, dim=-1, eps=floor), [x.requires_grad_()]
+    )
+    compare(
+        lambda x, r: add_rms_norm(x, r, None, 0.0, **options),
+        lambda x, r: (F.normalize(x + r, dim=-1, eps=floor), x + r),
+        [x, torch.zeros_like(x).requires_grad_()],
+    )
+
+
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3), (0, 1, 3, 2)])
 @pytest.mark.parametrize("kind", ["dense", "expanded", "strided"])
 def test_layouts(order, kind):
     x, w = tensor(2, 12, 333, 128, order=order, dtype=torch.bfloat16), tensor(128, dtype=torch.bfloat16, seed=2)
     compare(*both(offset=1.0), [x, w], kind=kind)
+    compare(*both_added(offset=1.0), [x, tensor(2, 12, 333, 128, dtype=torch.bfloat16, seed=3), w], kind=kind)
 
 
 def test_slice_of_a_packed_projection():
@@ -67,3 +101,11 @@ def test_offsets_pass_32_bits():
 @pytest.mark.parametrize("behaviour", [*BEHAVIOURS, compiles_inductor])
 def test_behaviour(behaviour):
     behaviour(lambda x, w: rms_norm(x, w, 1e-6), lambda n: [tensor(2, n, 3, 16, order=(0, 2, 1, 3)), tensor(16)])
+
+
+@pytest.mark.parametrize("behaviour", [*BEHAVIOURS, compiles_inductor])
+def test_behaviour_of_the_sum(behaviour):
+    def build(n):
+        return [tensor(2, n, 3, 16, order=(0, 2, 1, 3)), tensor(2, n, 3, 16, seed=3), tensor(16, seed=2)]
+
+    behaviour(lambda x, r, w: add_rms_norm(x, r, w, 1e-6, scale=0.3, floor=0.5), build)

@@ -13,6 +13,7 @@ OPTIONS = [
     {"softcap": 3.0, "scale": 0.7},
     {"softcap": 2.0, "label_smoothing": 0.2, "scale": -1.5},
 ]
+WEIGHTED = {"class_weight": torch.linspace(0.5, 2.0, 37), "label_smoothing": 0.2, "z_loss": 1e-2}
 
 
 def both(**options):
@@ -31,7 +32,7 @@ def inputs(rows=(3, 7), width=16, classes=37, dtype=torch.float32, bias=True, ig
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", [*OPTIONS, WEIGHTED])
 def test_numbers(dtype, reduction, options):
     compare(*both(reduction=reduction, chunk_tokens=8, **options), inputs(dtype=dtype))
 

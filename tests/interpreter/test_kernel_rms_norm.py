@@ -2,16 +2,52 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from numerics import compare, eager_rms_norm, fakes, strided
 
 from rewriter.kernels.common import use_triton
-from rewriter.kernels.rms_norm import rms_norm
+from rewriter.kernels.rms_norm import add_rms_norm, rms_norm
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
 def both(**options):
     return lambda x, w: rms_norm(x, w, 1e-6, **options), lambda x, w: eager_rms_norm(x, w, 1e-6, **options)
+
+
+def both_added(**options):
+    def old(x, r, w):
+        return eager_rms_norm(x + r, w, 1e-6, **options), x + r
+
+    return lambda x, r, w: add_rms_norm(x, r, w, 1e-6, **options), old
+
+
+def both_scaled(scale, round_before_weight=False):
+    """scale * x * rstd, and its weight after the optional rounding."""
+
+    def old(x, w):
+        n = eager_rms_norm(x, None, 1e-6, out_dtype=torch.promote_types(x.dtype, torch.float32)) * scale
+        return ((n.to(x.dtype) if round_before_weight else n) * w).to(x.dtype)
+
+    return lambda x, w: rms_norm(x, w, 1e-6, scale=scale, round_before_weight=round_before_weight), old
+
+
+def both_floored(floor):
+    """torch.nn.functional.normalize, whose norm is sqrt(D) times the root mean square."""
+
+    def new(x):
+        root = x.shape[-1] ** 0.5
+        return rms_norm(x, None, 0.0, scale=1 / root, floor=floor / root)
+
+    return new, lambda x: F.normalize(x, dim=-1, eps=floor)
+
+
+def rows_around_the_floor(*shape, **options):
+    """Rows of norm 0, far below sqrt(D), and around it."""
+    x = strided(*shape, grad=False, **options)
+    x[..., 0, :] = 0
+    x[..., 1, :] *= 1e-2
+    return x.requires_grad_()
 
 
 def test_triton_is_what_runs():
@@ -32,6 +68,64 @@ def test_widths(shape):
     compare(*both(), [strided(*shape, dtype=torch.bfloat16, grad=False), strided(shape[-1], seed=2)], truth=both()[1])
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (37, 7), (5, 1000), (2, 8193), (2, 16389)])
+def test_widths_of_the_sum(shape):
+    compare(*both_added(), [strided(*shape), strided(*shape, seed=3), strided(shape[-1], seed=2)])
+    compare(*both_added(), [strided(*shape), strided(*shape, seed=3, grad=False), None])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("round_before_weight", [False, True])
+def test_scale(dtype, round_before_weight):
+    for width in (33, 16389) if dtype is torch.float32 else (33,):
+        inputs = [strided(3, width, dtype=dtype), strided(width, dtype=dtype, seed=2)]
+        compare(*both_scaled(0.3, round_before_weight), inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("width", [1, 7, 1000, 8193, 16389])
+def test_floor(dtype, width):
+    compare(*both_floored(0.5 * width**0.5), [rows_around_the_floor(5, width, dtype=dtype)])
+
+
+def test_floor_of_normalize():
+    """The usual 1e-12: rows of zeros get the large but finite gradient dy / floor, the others theirs."""
+    x = rows_around_the_floor(5, 33)
+    new, old = (f(x) for f in both_floored(1e-12))
+    dy = strided(5, 33, grad=False, seed=4)
+    for a, b in zip(torch.autograd.grad(new, x, dy)[0], torch.autograd.grad(old, x, dy)[0], strict=True):
+        assert torch.isfinite(a).all() and a.norm() > 0
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("width", [33, 8193])
+def test_sum_with_scale_and_floor(width):
+    x, r = rows_around_the_floor(5, width), strided(5, width, grad=False, seed=3)
+    r[:2] = 0
+    options = dict(scale=0.3, floor=0.5, offset=1.0)
+
+    def old(x, r, w):
+        return 0.3 * width**0.5 * F.normalize(x + r, dim=-1, eps=0.5 * width**0.5) * (1.0 + w), x + r
+
+    compare(lambda *t: add_rms_norm(*t, 0.0, **options), old, [x, r.requires_grad_(), strided(width, seed=2)])
+
+
+@pytest.mark.parametrize("x, residual", [("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float16")])
+@pytest.mark.parametrize("options", [{}, {"offset": 1.0, "round_before_weight": True}])
+def test_sum(x, residual, options):
+    inputs = [strided(3, 7, 33, dtype=getattr(torch, x)), strided(3, 7, 33, dtype=getattr(torch, residual), seed=3)]
+    compare(*both_added(**options), [*inputs, strided(33, seed=2)])
+
+
+@pytest.mark.parametrize("output", [0, 1])
+def test_gradient_of_one_output_only(output):
+    inputs = [strided(3, 33), strided(3, 33, seed=3), strided(33, seed=2)]
+    wanted = inputs if output == 0 else inputs[:2]
+    grads = [torch.autograd.grad(f(*inputs)[output].square().sum(), wanted) for f in both_added()]
+    for new, old in zip(*grads, strict=True):
+        torch.testing.assert_close(new, old)
+
+
 def test_only_the_input_needs_a_gradient():
     for width in (33, 8193):
         compare(*both(offset=1.0), [strided(3, width), strided(width, seed=2, grad=False)])
@@ -40,7 +134,9 @@ def test_only_the_input_needs_a_gradient():
 @pytest.mark.parametrize("order", [(0, 2, 1, 3), (2, 0, 1, 3), (0, 1, 3, 2), (3, 1, 2, 0)])
 @pytest.mark.parametrize("kind", ["dense", "expanded", "strided"])
 def test_permuted_input(order, kind):
-    compare(*both(), [strided(2, 3, 5, 16, order=order), strided(16, seed=2)], kind=kind)
+    x, r, w = strided(2, 3, 5, 16, order=order), strided(2, 3, 5, 16, seed=3), strided(16, seed=2)
+    compare(*both(), [x, w], kind=kind)
+    compare(*both_added(), [x, r, w], kind=kind)
 
 
 def test_slices_and_expansions():
@@ -50,6 +146,8 @@ def test_slices_and_expansions():
     compare(*both(), [packed[:, ::2, 3:11].requires_grad_(), w])
     expanded = strided(2, 1, 8, grad=False).expand(2, 3, 8).requires_grad_()
     compare(*both(), [expanded, w], layout=False)
+    compare(*both_added(), [expanded, strided(2, 3, 8, order=(1, 0, 2), seed=3), w])
+    compare(*both_added(), [strided(2, 5, 3 * 8)[:, ::2, 3:11].detach().requires_grad_(), strided(2, 3, 8, seed=3), w])
 
 
 def test_float32_weight_on_bfloat16_input():
@@ -61,7 +159,10 @@ def test_float32_weight_on_bfloat16_input():
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0, 8), (8,)])
 def test_small_shapes(shape):
     compare(*both(), [strided(*shape), strided(8, seed=2)])
+    compare(*both_added(), [strided(*shape), strided(*shape, seed=3), strided(8, seed=2)])
 
 
 def test_layouts_are_those_of_the_fake_operator():
     fakes(lambda x, w: rms_norm(x, w, 1e-6), lambda n: [strided(2, n, 3, 16, order=(0, 2, 1, 3)), strided(16)])
+    inputs = [strided(2, 5, 3, 16, order=(0, 2, 1, 3)), strided(2, 5, 3, 16, seed=3), strided(16, seed=2)]
+    fakes(lambda x, r, w: add_rms_norm(x, r, w, 1e-6), lambda n: inputs)

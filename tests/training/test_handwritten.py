@@ -11,16 +11,22 @@ from training.handwritten import LAYERS, VOCABULARY
 
 import rewriter
 
-ALL = dict(rms_norm=2 * LAYERS + 1, rotary=2 * LAYERS, glu=LAYERS, linear_cross_entropy=1)
+ALL = dict(rms_norm=2 * LAYERS + 1, rotary=2 * LAYERS, glu=LAYERS, attention=LAYERS, linear_cross_entropy=1)
 MODELS = {
     handwritten.OneForward: ALL,
     handwritten.BodyAndHead: ALL,
     handwritten.Stacked: ALL,
     handwritten.Checkpointed: ALL,
     handwritten.Functional: ALL,
-    # complex numbers, and classes that are not in the last dimension
-    handwritten.Outer: {**ALL, "rotary": 0, "linear_cross_entropy": 0},
-    handwritten.TwoStacks: dict(rms_norm=4 * LAYERS + 2, rotary=4 * LAYERS, glu=2 * LAYERS, linear_cross_entropy=1),
+    # complex numbers; the loss is in a wrapper, which Dynamo captures apart from the head
+    handwritten.Outer: {**ALL, "linear_cross_entropy": 0, "cross_entropy": 1},
+    handwritten.TwoStacks: dict(
+        rms_norm=4 * LAYERS + 2,
+        rotary=4 * LAYERS,
+        glu=2 * LAYERS,
+        attention=3 * LAYERS,
+        linear_cross_entropy=1,
+    ),  # fmt: skip
     unruly.InPlace: {**ALL, "linear_cross_entropy": 0},  # the logits are written in place
     unruly.Remembering: ALL,
     unruly.Early: {**ALL, "rms_norm": 3 * LAYERS, "linear_cross_entropy": LAYERS},
@@ -40,9 +46,8 @@ def steps():
 def test_trains_the_same_and_finds_everything(kind):
     _, _, report = assert_trains_alike(kind(), steps())
     assert not report.fallbacks
-    found = {name: done for name, (done, _) in report.coverage().items()}
-    expected = {name: count for name, count in MODELS[kind].items() if count}
-    assert {n: c for n, c in found.items() if c} == expected, report.near_misses
+    found = {name: len(report.sites(name)) for name in MODELS[kind]}
+    assert found == MODELS[kind], report.near_misses
 
 
 @pytest.mark.parametrize("kind", UNRULY, ids=lambda kind: kind.__name__)

@@ -1,0 +1,102 @@
+"""Exact changes to the real graph before anything is matched: they leave every number as it is.
+
+Writes in place to a temporary that nothing else shares become the operators they are short for, and results that
+nothing reads disappear.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from rewriter.legality import may_alias
+from rewriter.meta import example, set_example
+
+aten = torch.ops.aten
+
+
+def normalise(graph: fx.Graph) -> None:
+    """Rewrite the graph of a lowered module in place."""
+    for node in list(graph.nodes):
+        functional = _functional(node)
+        if functional is not None and _is_temporary(node.args[0], node):
+            _out_of_place(graph, node, functional)
+    for node in reversed(list(graph.nodes)):
+        if node.target is operator.getitem and not node.users:
+            graph.erase_node(node)
+
+
+def _functional(node: fx.Node) -> torch._ops.OpOverload | None:
+    """The operator that `x.op_(...)` is the write in place of."""
+    target = node.target
+    if (
+        node.op != "call_function"
+        or not isinstance(target, torch._ops.OpOverload)
+        or not isinstance(node.args[0:1][0] if node.args else None, fx.Node)
+    ):
+        return None
+    namespace, _, name = target._schema.name.partition("::")
+    if namespace != "aten" or not name.endswith("_") or name.endswith("__"):
+        return None
+    written = [a.alias_info is not None and a.alias_info.is_write for a in target._schema.arguments]
+    if not written or not written[0] or any(written[1:]):
+        return None
+    found = getattr(getattr(aten, name[:-1], None), target._overloadname, None)
+    if found is None or found._schema.is_mutable or any(a.alias_info for a in found._schema.arguments):
+        return None
+    if torch.Tag.nondeterministic_seeded in found.tags:
+        return None
+    same = [a.name for a in found._schema.arguments] == [a.name for a in target._schema.arguments]
+    return found if same else None
+
+
+def _is_temporary(source: fx.Node, writer: fx.Node) -> bool:
+    """Whether nothing but `source` itself can see what is written to it."""
+    if source.op != "call_function" or not isinstance(source.target, torch._ops.OpOverload):
+        return False
+    if any(r.alias_info for r in source.target._schema.returns) or may_alias(source.target):
+        return False
+    value, result = example(source), example(writer)
+    if not isinstance(value, torch.Tensor) or type(value) is not type(result) or value.layout != torch.strided:
+        return False
+    ambient = writer.meta.get("ambient")
+    if value.requires_grad and ambient is not None and not ambient[0]:
+        return False  # without grad mode the write changes the numbers but not their history
+    for user in source.users:
+        if user is writer or user.op == "output":
+            continue
+        target = user.target
+        if not isinstance(target, torch._ops.OpOverload) or may_alias(target):
+            return False
+        if any(r.alias_info for r in target._schema.returns):
+            return False
+    return all(argument is not source for argument in writer.args[1:])
+
+
+def _out_of_place(graph: fx.Graph, node: fx.Node, functional: torch._ops.OpOverload) -> None:
+    source = node.args[0]
+    before = example(source)
+    with graph.inserting_before(node):
+        new = graph.call_function(functional, node.args, dict(node.kwargs))
+    new.meta = dict(node.meta)
+    value = _result(functional, node)
+    if value is None or (value.shape, value.dtype, value.stride()) != (before.shape, before.dtype, before.stride()):
+        graph.erase_node(new)
+        return
+    set_example(new, value)
+    node.replace_all_uses_with(new)
+    position = {n: i for i, n in enumerate(graph.nodes)}
+    for user in list(source.users):
+        if user not in (new, node) and position[user] > position[new]:
+            user.replace_input_with(source, new)
+    graph.erase_node(node)
+
+
+def _result(functional: torch._ops.OpOverload, node: fx.Node) -> torch.Tensor | None:
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), example)
+    try:
+        return functional(*args, **kwargs)
+    except Exception:  # nothing is lost but this one change
+        return None

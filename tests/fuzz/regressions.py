@@ -1,0 +1,74 @@
+"""Programs that once came out otherwise than eager; each is checked by test_regressions. Newest last."""
+
+from fuzz.programs import CHECKPOINT, Leaf, Program, Step, Under  # noqa: F401  the words that programs are written in
+
+PROGRAMS = {
+    # A cast to its own dtype gives back the same tensor; the trace of `y + y` was taken for that of `y + z`.
+    "sum of a value and its cast": Program(
+        (Leaf(0, "input", ("B", "T", 4), grad=False),),
+        (
+            Step(1, "{0} + {1}.to({0}.dtype)", (0, 0)),
+            Step(2, "F.normalize({}, dim=-1)", (1,)),
+            Step(3, "{} + {}", (1, 2)),
+        ),
+        (3,),
+        ((1, 6),),
+    ),
+    # The shape is one node with several symbolic sizes; the whole graph was left as it was.
+    "reshape to a dynamic shape": Program(
+        (Leaf(0, "input", ("B", "T", 2), grad=False),),
+        (Step(1, "{0}.transpose(1, 2).reshape({1}.shape)", (0, 0)),),
+        (1,),
+        ((1, 6), (1, 3)),
+    ),
+    # The operator that `copy_` is short for has no derivative.
+    "copy into a temporary": Program(
+        (Leaf(0, "input", ("B", "T", 4)),),
+        (Step(1, "{}.clamp(max=1.0)", (0,)), Step(2, "{0}.copy_({0}.flip(0) * 0.5)", (1,))),
+        (1,),
+        ((2, 8),),
+    ),
+    # Eager saved relu(gate), the kernel the gate, and the gate is written before backward.
+    "input of a match written behind it": Program(
+        (Leaf(0, "input", ("B", "T", 4), grad=False), Leaf(1, "input", ("B", "T", 4))),
+        (Step(2, "F.relu({0})", (0,)), Step(3, "{0} * {1}", (2, 1)), Step(4, "{0}[0].mul_(2.0)", (0,))),
+        (3,),
+        ((2, 4),),
+    ),
+    # Logits that are computed on demand went into a second graph, behind the break that `[mask]` is, and were cast there.
+    "logits across a graph break": Program(
+        (
+            Leaf(0, "input", ("B", "T", 16), grad=False),
+            Leaf(1, "parameter", (11, 16), fill="small"),
+            Leaf(2, "input", ("B", "T"), "int64", grad=False, fill="labels"),
+        ),
+        (
+            Step(3, "F.linear({}, {})", (0, 1)),
+            Step(4, "{}.view(-1)", (2,)),
+            Step(5, "F.cross_entropy({}.flatten(0, 1), {})", (3, 4)),
+            Step(6, "{}[{} != -100].sum()", (4, 4)),
+            Step(7, "{}.float()", (3,)),
+        ),
+        (5, 6, 7),
+        ((2, 4),),
+    ),
+    # Logits that are computed on demand required a gradient though the model made them without one.
+    "logits without a gradient": Program(
+        (
+            Leaf(0, "input", ("B", "T", 16), grad=False),
+            Leaf(1, "parameter", (11, 16), fill="small"),
+            Leaf(2, "input", ("B", "T"), "int64", grad=False, fill="labels"),
+        ),
+        (
+            Under(
+                "torch.no_grad()",
+                (
+                    Step(3, "F.linear({}, {})", (0, 1)),
+                    Step(4, "F.cross_entropy({}.flatten(0, 1), {}.view(-1))", (3, 2)),
+                ),
+            ),
+        ),
+        (4, 3),
+        ((3, 5),),
+    ),
+}

@@ -13,11 +13,12 @@ PYTHON ?= $(shell for python in python3.12 python3.11 python3 python3.13; do \
 # Where a GPU is, the installed torch is often one that must stay: GPU_PYTHON=python3 takes it.
 GPU_PYTHON ?= $(if $(wildcard $(READY)),$(BIN)/python,python3)
 
-.PHONY: help setup demo test test-gpu bench lint format clean
+.PHONY: help setup demo test test-zoo test-gpu bench lint format clean
 
 help:
 	@echo "make demo      fine-tune a small pretrained model twice, without and with rewriter, and compare"
 	@echo "make test      every test that needs no GPU"
+	@echo "make test-zoo  every causal language model that transformers knows, but for the few that make test has"
 	@echo "make test-gpu  the same numerics on this machine's GPU"
 	@echo "make bench     training steps on this machine's GPU; ARGS=... goes to bench/training.py"
 	@echo "make lint      the linter and the formatter's check; make format repairs what can be repaired"
@@ -39,8 +40,12 @@ demo: $(READY)
 
 # One thread for each worker: two workers with two threads each would wait for one another.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/cpu tests/training
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/cpu tests/training tests/fuzz
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not rest" tests/zoo
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/interpreter
+
+test-zoo: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m rest tests/zoo
 
 test-gpu:
 	$(GPU_PYTHON) -m pytest tests/gpu

@@ -41,8 +41,8 @@ def rotary(q, k, cos, sin, *, interleaved=False, out_interleaved=None, out_dtype
     q, k: [..., D] with D even, any strides, usually [B, H, T, D]; k may have another number of heads, or be None.
     cos, sin: broadcastable to q and to k, last dimension D.
     interleaved: the layout of the pairs in q, k, cos and sin; out_interleaved: that of the result, by default the same.
-    Returns (q_out, k_out), k_out None without k, contiguous or with the (dense) layout that `q * cos` has, and with dtype
-    out_dtype, by default that of `q * cos` too.
+    Returns (q_out, k_out), k_out None without k, contiguous or with the (dense) layout that `q * cos` has, and with
+    dtype out_dtype, by default that of `q * cos` too.
     Saves cos and sin, and q and k only where cos or sin needs a gradient.
     """
     if q.shape[-1] % 2 or cos.shape[-1] != q.shape[-1] or sin.shape[-1] != q.shape[-1]:
@@ -252,7 +252,8 @@ def _launch(work, cos, sin, interleaved, out_interleaved, transpose):
         _rotary_kernel[(sum(programs),)](
             *arguments[0], *arguments[-1], half, programs[0], PAIR=len(work) == 2, TRANSPOSE=transpose,
             X_PAIRS=out_interleaved if transpose else interleaved,
-            OUT_PAIRS=interleaved if transpose else out_interleaved, T_PAIRS=interleaved, ACC=triton_dtype(compute_dtype(*(x for x, _ in work), cos, sin)),
+            OUT_PAIRS=interleaved if transpose else out_interleaved, T_PAIRS=interleaved,
+            ACC=triton_dtype(compute_dtype(*(x for x, _ in work), cos, sin)),
             ROWS=ROWS, PAIRS=PAIRS, num_warps=min(max(ROWS * PAIRS // 256, 4), 16),
         )  # fmt: skip
     for out in outputs:
@@ -260,8 +261,8 @@ def _launch(work, cos, sin, interleaved, out_interleaved, transpose):
 
 
 _rotary_op = register(
-    "rotary(Tensor q, Tensor? k, Tensor cos, Tensor sin, bool interleaved, bool out_interleaved, bool transpose, ScalarType q_dtype, "
-    "ScalarType k_dtype, SymInt[]? q_strides, SymInt[]? k_strides) -> (Tensor, Tensor)",
+    "rotary(Tensor q, Tensor? k, Tensor cos, Tensor sin, bool interleaved, bool out_interleaved, bool transpose, "
+    "ScalarType q_dtype, ScalarType k_dtype, SymInt[]? q_strides, SymInt[]? k_strides) -> (Tensor, Tensor)",
     _implementation,
     _fake,
 )

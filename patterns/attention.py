@@ -91,7 +91,10 @@ class Attention(Pattern):
     references = _references()
 
     def already(self, match: Match) -> str | None:
-        if not match.variant.get("library") or _grouped(match) or _causal(match):
+        if not match.variant.get("library"):
+            return None
+        dropout = match.attrs("attention")[3]  # what is dropped depends on the call that draws it
+        if not dropout and (_grouped(match) or _causal(match)):
             return None
         return "scaled_dot_product_attention"
 

@@ -121,7 +121,7 @@ def with_lazy_outputs(run: Callable, lazy: list[LazyOutput]) -> Callable:
 
 def _lazy_tensor(spec: LazyOutput, args: tuple, results: list) -> LazyTensor:
     values = [args[i] if kind == "input" else results[i] for kind, i in spec.sources]
-    grad = torch.is_grad_enabled() and any(isinstance(v, torch.Tensor) and v.requires_grad for v in values)
+    grad = torch.is_grad_enabled() and spec.meta.requires_grad
     ambient = spec.ambient or (True, ())
     device = next(v.device for v in values if isinstance(v, torch.Tensor))
 

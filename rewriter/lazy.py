@@ -81,6 +81,7 @@ class LazyTensor(torch.Tensor):
                 self._versions[i] = self._sources[i]._version
 
     @classmethod
+    @torch.compiler.disable  # Dynamo meets it behind a graph break, and loses its way in here
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         self = args[0] if args else None

@@ -100,7 +100,7 @@ class Legality:
         stops, seen, todo = set(inputs), set(), list(outputs)
         while todo:
             node = todo.pop()
-            if node in seen or node in stops:
+            if node in seen or node in stops or isinstance(example(node), torch.SymInt):
                 continue
             if node.op != "call_function" or isinstance(node.target, torch._ops.HigherOrderOperator):
                 raise Illegal(f"{node.name} lies inside the match but is not one of its inputs", node)
@@ -164,6 +164,8 @@ class Legality:
                 at = self.position[writer]
                 if low < at < high or (node in covered and not (node in outputs and at >= high)):
                     raise Illegal(f"{writer.name} writes {node.name} in place", writer)
+                if node in inputs and at >= high and any(tensor_meta(n).requires_grad for n in outputs):
+                    raise Illegal(f"{writer.name} writes {node.name} in place, which backward may need", writer)
 
 
 def _window(node: fx.Node, length: int) -> Iterator[fx.Node]:

@@ -202,7 +202,9 @@ def _has_tensor(node: fx.Node) -> bool:
 def _trace_key(node: fx.Node) -> Any:
     """Equal keys have equal traces: same target, constants, input metas and ambient state. None: don't share."""
     order = {leaf: i for i, leaf in enumerate(_leaves(node))}
-    metas = []
+    # Two nodes may be one tensor (a cast to its own dtype gives its operand back): their trace has but one of them.
+    tensors = [id(example(leaf)) for leaf in order]
+    metas: list[Any] = [tuple(map(tensors.index, tensors))]
     for leaf in order:
         value = example(leaf)
         if not isinstance(value, torch.Tensor):
@@ -221,7 +223,7 @@ def _trace_key(node: fx.Node) -> Any:
 
 
 def _is_symbolic(key: Any) -> bool:
-    return any(len(meta) > 3 and isinstance(meta[3], str) for meta in key[3])
+    return any(len(meta) > 3 and isinstance(meta[3], str) for meta in key[3][1:])
 
 
 class _Index(int):

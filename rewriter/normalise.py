@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from rewriter.legality import may_alias
-from rewriter.meta import example, set_example
+from rewriter.meta import example, set_example, tensor_meta
 
 aten = torch.ops.aten
 
@@ -20,12 +20,24 @@ aten = torch.ops.aten
 def normalise(graph: fx.Graph) -> None:
     """Rewrite the graph of a lowered module in place."""
     for node in list(graph.nodes):
+        if node.target in _LIKE_ANOTHER and tensor_meta(node) is not None:
+            _to_dtype(node)
         functional = _functional(node)
         if functional is not None and _is_temporary(node.args[0], node):
             _out_of_place(graph, node, functional)
     for node in reversed(list(graph.nodes)):
         if node.target is operator.getitem and not node.users:
             graph.erase_node(node)
+
+
+# Casts to the dtype of another tensor, which is read for nothing else.
+_LIKE_ANOTHER = {aten.type_as.default, aten.to.other}
+
+
+def _to_dtype(node: fx.Node) -> None:
+    source, meta = tensor_meta(node.args[0]), tensor_meta(node)
+    if source is not None and source.device == meta.device and len(node.args) == 2 and not node.kwargs:
+        node.target, node.args = aten.to.dtype, (node.args[0], meta.dtype)
 
 
 def _functional(node: fx.Node) -> torch._ops.OpOverload | None:
@@ -46,8 +58,8 @@ def _functional(node: fx.Node) -> torch._ops.OpOverload | None:
     found = getattr(getattr(aten, name[:-1], None), target._overloadname, None)
     if found is None or found._schema.is_mutable or any(a.alias_info for a in found._schema.arguments):
         return None
-    if torch.Tag.nondeterministic_seeded in found.tags:
-        return None
+    if torch.Tag.nondeterministic_seeded in found.tags or found is aten.copy.default:
+        return None  # the latter has no derivative
     same = [a.name for a in found._schema.arguments] == [a.name for a in target._schema.arguments]
     return found if same else None
 

@@ -139,4 +139,7 @@ def _is_part(module: nn.Module, blocks: set[int], owners: dict) -> bool:
     for inner in module.modules():
         if id(inner) in blocks or id(inner) in owners:
             return False
-    return any(True for _ in module.parameters())
+    if any(True for _ in module.parameters()):
+        return True
+    # A norm without weights has nothing at all; one with buffers alone computes tables of angles, once for all blocks.
+    return not list(module.children()) and not list(module.buffers())

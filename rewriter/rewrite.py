@@ -120,6 +120,7 @@ def choose_sites(
             site = _legal_site(legality, match, refused)
             if site is not None:
                 candidates.append(site)
+    candidates = _without_greedy_composites(candidates)
     candidates.sort(key=lambda s: (-len(s.compute), -len(s.covered), legality.position[s.outputs[0]]))
     accepted: list[tuple[Site, Verification | None]] = []
     banned: set[int] = set()
@@ -184,6 +185,20 @@ def _with_trailing_cast(match: Match) -> Match | None:
     if cast.node is not users[0] or not is_narrowing(cast):
         return None
     return dataclasses.replace(match, root=cast)
+
+
+def _without_greedy_composites(candidates: list[Site]) -> list[Site]:
+    """Without composites that take a piece of something else than their parts: the sum in a rotation, say."""
+    parts = [site.matches[0].pattern.parts for site in candidates]
+    owners: dict[fx.Node, set[str]] = {}
+    for site, own in zip(candidates, parts, strict=True):
+        for node in site.compute if not own else ():
+            owners.setdefault(node, set()).add(site.pattern)
+    return [
+        site
+        for site, own in zip(candidates, parts, strict=True)
+        if not own or all(owners.get(node, set()) <= set(own) for node in site.compute)
+    ]
 
 
 def _without_overlap(candidates: list[Site], taken: set[fx.Node]) -> list[Site]:

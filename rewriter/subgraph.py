@@ -9,15 +9,20 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from rewriter.meta import example, hint
+
 
 def extract(
     inputs: tuple[fx.Node, ...], nodes: tuple[fx.Node, ...], outputs: tuple[fx.Node, ...], sizes: Mapping[int, int] = {}
 ) -> fx.GraphModule:
-    """A module (inputs) -> tuple(outputs). Integer constants found in `sizes` are replaced in shape arguments."""
+    """A module (inputs) -> tuple(outputs). Integer constants found in `sizes` are replaced in shape arguments.
+
+    A symbolic size is what it was when the graph was traced.
+    """
     graph = fx.Graph()
     new = {node: graph.placeholder(node.name) for node in inputs}
     for node in nodes:
-        new[node] = graph.node_copy(node, lambda n: new[n])
+        new[node] = graph.node_copy(node, lambda n: new[n] if n in new else hint(example(n)))
         if sizes and isinstance(node.target, torch._ops.OpOverload) and node.target.overloadpacket in _SHAPED:
             new[node].args = pytree.tree_map(lambda a: sizes.get(a, a) if type(a) is int else a, new[node].args)
     graph.output(tuple(new[n] for n in outputs))

@@ -6,6 +6,7 @@ import math
 import operator
 from typing import Any
 
+import torch
 from torch import fx
 
 from rewriter.canonical.activations import activation
@@ -114,6 +115,12 @@ def _not(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
     if meta is None or not str(meta.dtype).endswith("bool"):
         return None
     return args[0].inputs[0] if args[0].op == "not" else shadow.add("not", (args[0],), (), node)
+
+
+@rule(torch.tensor)
+def _tensor(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
+    number = node.args[0] if node.args else None
+    return shadow.const(float(number)) if type(number) in (int, float) else None
 
 
 @rule(aten.full, aten.scalar_tensor, aten.full_like, aten.new_full, aten.zeros, aten.ones)

@@ -53,13 +53,12 @@ def _baddbmm(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
 @rule(aten.scaled_dot_product_attention)
 def _attention(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
     query, key, value, mask, dropout, is_causal, *_ = args
-    if dropout:
-        return None
     scale = node.kwargs.get("scale")
     if scale is not None and not isinstance(scale, int | float):
         return None
-    attrs = (bool(is_causal), scale, bool(node.kwargs.get("enable_gqa", False)))
-    return shadow.add("attention", (query, key, value, *([mask] if mask is not None else [])), attrs, node)
+    attrs = (bool(is_causal), scale, bool(node.kwargs.get("enable_gqa", False)), float(dropout))
+    inputs = (query, key, value, *([mask] if mask is not None else []))
+    return shadow.add("attention", inputs, attrs, node, unique=bool(dropout))
 
 
 @rule(aten.layer_norm)

@@ -35,7 +35,7 @@ PROGRAMS = {
         (3,),
         ((2, 4),),
     ),
-    # Logits that are computed on demand went into a second graph, behind the break that `[mask]` is, and were cast there.
+    # Logits computed on demand went into a second graph (`[mask]` breaks it), and were cast there.
     "logits across a graph break": Program(
         (
             Leaf(0, "input", ("B", "T", 16), grad=False),

@@ -36,6 +36,11 @@ LAYOUT = _names(
 OF_SCORES = ((POINTWISE - ACTIVATIONS) | LAYOUT | {"tanh", "max", "min"}) - {"sqrt", "rsqrt"}
 
 
+def trained(tensor):
+    """Whether it depends on parameters; without grad mode nobody knows, so yes."""
+    return tensor.requires_grad or not torch.is_grad_enabled()
+
+
 @dataclass(frozen=True)
 class Row:
     """One module path where what ran differs from what was found, or a whole agreement (ran == found)."""
@@ -146,7 +151,7 @@ class _Watch(TorchFunctionMode):
                 self.mark(y, "activation")
         elif name in ACTIVATIONS:
             self.mark(y, "activation")
-        elif name in MULTIPLY and acts and others and others[0].shape == acts[0].shape and others[0].requires_grad:
+        elif name in MULTIPLY and acts and others and others[0].shape == acts[0].shape and trained(others[0]):
             self.event("glu")
 
     def attentions(self, name, args, kwargs, tensors, results):
@@ -173,14 +178,16 @@ class _Watch(TorchFunctionMode):
         y = results[0]
         if name in ("cos", "sin", "polar") and not y.requires_grad:
             self.mark(y, "table")
-        elif tables and not y.requires_grad and name not in PRODUCTS:
-            for y in results:
-                self.mark(y, "table")
-        elif tables and name in MULTIPLY:
+        elif (
+            tables and name in MULTIPLY and any(trained(t) and t.ndim >= 3 for t in tensors if not self.has(t, "table"))
+        ):
             if y.is_complex():
                 self.event("rotary")
             else:
                 self.mark(y, "turning")
+        elif tables and not y.requires_grad and name not in PRODUCTS:
+            for y in results:
+                self.mark(y, "table")
         elif name in ADD | CAST and len(tensors) <= 2 and tensors and all(self.has(t, "turning") for t in tensors):
             self.mark(y, "turned" if len(tensors) == 2 else "turning")
             self.event("rotary", times=int(len(tensors) == 2))

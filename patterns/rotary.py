@@ -152,9 +152,6 @@ def _is_contiguous(meta: TensorMeta) -> bool:
 
 def rotate_pair(q, k, *angles, style, out_dtype, contiguous, out_style=None, **form):
     layout = {"interleaved": style == "interleaved", "out_interleaved": (out_style or style) == "interleaved"}
-        "half",
-        "complex",
-    )  # joined last of all, and `cat` gives contiguous results
     return kernel(q, k, *_tables(angles, style, **form), out_dtype=out_dtype, contiguous=contiguous, **layout)
 
 

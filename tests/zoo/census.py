@@ -174,8 +174,8 @@ class _Watch(TorchFunctionMode):
             self.event("attention")
 
     def rotations(self, name, args, kwargs, tensors, results):
-        tables = [t for t in tensors if self.has(t, "table")]
-        y = results[0]
+        tables, y = [t for t in tensors if self.has(t, "table")], results[0]
+        turned = [t for t in tensors if trained(t) and t.ndim >= 3 and not self.has(t, "table")]
         if name in ("cos", "sin", "polar") and not y.requires_grad:
             self.mark(y, "table")
         elif (

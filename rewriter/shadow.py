@@ -60,7 +60,8 @@ class Shadow:
         unique: bool = False,
     ) -> Value:
         """A new value; `unique` keeps its number apart from every other (inputs, random or opaque operators)."""
-        value = Value(op, inputs, attrs, node, meta if meta is not None or node is None else tensor_meta(node))
+        known = tensor_meta(node) if node is not None else None  # what the real node says goes before what a rule says
+        value = Value(op, inputs, attrs, node, meta if known is None else known)
         for operand in inputs:
             operand.users.append(value)
         if op == "copy":
@@ -72,13 +73,13 @@ class Shadow:
         self.by_op[op].append(value)
         return value
 
-    def replace(self, value: Value, op: str, inputs: tuple[Value, ...]) -> Value:
+    def replace(self, value: Value, op: str, inputs: tuple[Value, ...], attrs: tuple = ()) -> Value:
         """Another word for a value that was just added and that nothing uses yet."""
         for operand in value.inputs:
             operand.users.remove(value)
         self.values.remove(value)
         self.by_op[value.op].remove(value)
-        return self.add(op, inputs, (), value.node, value.meta)
+        return self.add(op, inputs, attrs, value.node, value.meta)
 
     def const(self, number: Any) -> Value:
         key = (type(number), number)

@@ -65,7 +65,7 @@ def _explicit_autocast(shadow: Shadow, node: fx.Node, value: Value) -> Value:
     if not dtype.is_floating_point or not kinds or _promoted(kinds) == dtype:
         return value
     inputs = tuple(cast(shadow, i, dtype) for i in value.inputs)
-    return shadow.add(value.op, inputs, value.attrs, node)
+    return shadow.replace(value, value.op, inputs, value.attrs)
 
 
 def _promoted(kinds: set[torch.dtype]) -> torch.dtype:

@@ -18,7 +18,9 @@ def assert_everything_found(report, norms, layers=LAYERS):
     assert len(report.sites("linear_cross_entropy")) == 1
     assert not report.fallbacks
     assert not report.graph_breaks
-    assert all(done == seen for done, seen in report.coverage().values()), report.near_misses
+    # PyTorch has no fused attention with capped scores: the one thing that may be seen and not done
+    missed = {miss.pattern: miss.reason for miss in report.near_misses}
+    assert missed in ({}, {"attention": "expected matmul, found tanh"}), report.near_misses
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,8 +1,8 @@
 """Training with and without `rewriter`, compared as closely as the model's own conditioning in float32 allows.
 
 Some gradients nearly cancel: noise of one rounding on the parameters of the eager model changes them by more than the
-tolerance. What such noise does to each gradient is measured, and a gradient may differ by ten times that much, yet never
-by more than LIMIT.
+tolerance. What such noise does to each gradient is measured, and a gradient may differ by ten times that much, but by
+no more than LIMIT.
 """
 
 import copy

@@ -175,7 +175,6 @@ class _Watch(TorchFunctionMode):
 
     def rotations(self, name, args, kwargs, tensors, results):
         tables, y = [t for t in tensors if self.has(t, "table")], results[0]
-        turned = [t for t in tensors if trained(t) and t.ndim >= 3 and not self.has(t, "table")]
         if name in ("cos", "sin", "polar") and not y.requires_grad:
             self.mark(y, "table")
         elif (

@@ -175,11 +175,10 @@ class _Watch(TorchFunctionMode):
 
     def rotations(self, name, args, kwargs, tensors, results):
         tables, y = [t for t in tensors if self.has(t, "table")], results[0]
+        turned = [t for t in tensors if trained(t) and t.ndim >= 3 and not self.has(t, "table")]
         if name in ("cos", "sin", "polar") and not y.requires_grad:
             self.mark(y, "table")
-        elif (
-            tables and name in MULTIPLY and any(trained(t) and t.ndim >= 3 for t in tensors if not self.has(t, "table"))
-        ):
+        elif tables and turned and name in MULTIPLY:
             if y.is_complex():
                 self.event("rotary")
             else:

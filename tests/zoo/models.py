@@ -4,6 +4,7 @@ import inspect
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from zoo.sizes import CODEBOOKS, EXTRA_INPUTS, MULTIPLES, OVERRIDES, PARTS, SIZES, UNBUILDABLE, UNSTEADY
@@ -46,7 +47,7 @@ def _arguments(cls, special):
 def _default(cls, special):
     try:
         return cls()
-    except ValueError:  # the library's own default is not valid, or a part of it must be named
+    except StrictDataclassError:  # the library's own default is not valid
         return cls(**special)
 
 

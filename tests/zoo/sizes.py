@@ -40,6 +40,7 @@ _INDEXER = dict(
 )  # fmt: skip
 _GEMMA4 = dict(hidden_size_per_layer_input=16, vocab_size_per_layer_input=128, global_head_dim=32)
 _LLAMA4 = dict(no_rope_layers=[1, 0], moe_layers=[1], attention_chunk_size=8, intermediate_size_mlp=48)
+_DRAFT = dict(hidden_size_per_layer_input=0, vocab_size_per_layer_input=0, num_kv_shared_layers=0)
 _INKLING = dict(
     swa_num_attention_heads=4, swa_num_key_value_heads=2, swa_head_dim=16, rel_extent=16, d_rel=4,
     sliding_window_size=8, unpadded_vocab_size=128,
@@ -77,7 +78,9 @@ OVERRIDES: dict[str, dict] = {
         activation_sparsity_pattern=[0.5, 0.5, 0.0, 0.0], intermediate_size=48,
     ),
     "gemma4": dict(text_config=_GEMMA4),
+    "gemma4_assistant": dict(text_config=_DRAFT | dict(model_type="gemma4_text")),
     "gemma4_text": _GEMMA4,
+    "gemma4_unified_assistant": dict(text_config=_DRAFT),
     "git": dict(vision_config=dict(image_size=16, patch_size=8)),
     "gpt_neo": dict(attention_types=[[["global", "local"], 1]], attention_layers=["global", "local"], window_size=8),
     "granitemoehybrid": dict(layer_types=["linear_attention", "full_attention"]),

@@ -1,85 +1,37 @@
 """Scaled dot-product attention (Vaswani et al., 2017): `softmax(scale * q k^T + mask) v`, without the scores in memory.
 
-Becomes a call of PyTorch's scaled_dot_product_attention. Masks are added or filled in; one that the graph computes from
-nothing but sizes is evaluated, and a causal one becomes `is_causal`. Keys and values repeated for groups of queries are
-read unrepeated. A model's own call of scaled_dot_product_attention stays, unless one of these makes it better.
+Becomes a call of PyTorch's scaled_dot_product_attention, or of our own kernel where scores are capped, where a sink takes
+a share of the softmax, or where probabilities are dropped. What a model does to its scores is read back step by step
+(attention_scores.py). A mask that the graph computes from nothing but sizes is evaluated, and a causal one becomes
+`is_causal`. Keys and values repeated for groups of queries are read unrepeated. A model's own call of
+scaled_dot_product_attention stays, unless one of these makes it better.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
-from torch import fx
 from torch.nn import functional as F
 
-from rewriter.meta import example
+from rewriter.constant import constant
+from rewriter.kernels.sdpa import attention
 from rewriter.pattern import Call, Match, Pattern, Reference
-from rewriter.shadow import Value
+from rewriter.patterns.attention_scores import HIDDEN, MASKS, Scores, Step, Stray, trace_back
+from rewriter.shadow import Value, is_row_operator
 
-Q, K_T, V, SCORES = (2, 3, 4, 8), (2, 3, 8, 5), (2, 3, 5, 6), (2, 1, 4, 5)
-HIDDEN = -1e8  # what a filled-in score has to be below: nothing of it is left after the softmax
-CONDITION = torch.ones(SCORES, dtype=torch.bool)
-# Masks in the order in which the model applies them: "add" a bias, "keep" scores where a condition holds, "drop" them.
-MASKS = ((), ("add",), ("keep",), ("drop",), ("add", "add"), ("add", "keep"), ("add", "drop"), ("keep", "add"),
-         ("drop", "add"))  # fmt: skip
+Q, K, V, SCORES, SINK = (2, 3, 4, 8), (2, 3, 5, 8), (2, 3, 5, 6), (2, 3, 4, 5), (2, 3, 4, 1)
 
 
-def _masked(scores, masks, tensors, fills):
-    for i, (kind, tensor) in enumerate(zip(masks, tensors, strict=True)):
-        if kind == "add":
-            scores = scores + tensor
-        elif kind == "keep":
-            scores = torch.where(tensor, scores, fills[f"fill{i}"])
-        else:
-            scores = scores.masked_fill(tensor, fills[f"fill{i}"])
-    return scores
+def plain(scores, v):
+    return torch.softmax(scores, -1) @ v
 
 
-def _forms() -> Iterator[tuple[tuple[str, ...], str, bool, bool]]:
-    """(masks, how scores are scaled, whether after the masks, whether there are no batch and heads)."""
-    for flat in (False, True):
-        for masks in MASKS:
-            for scale in ("none", "const"):
-                yield masks, scale, False, flat
-        for masks in (("add",), ("keep",), ("drop",)):
-            yield masks, "const", True, flat
-    for scale in ("factor", "divisor"):
-        for masks in ((), ("add",), ("keep",), ("drop",)):
-            yield masks, scale, False, False
-        yield ("add",), scale, True, False
+def with_sink(scores, sink, v):
+    return torch.softmax(torch.cat((scores, sink), -1), -1)[..., :-1] @ v
 
 
-def _references() -> tuple[Reference, ...]:
-    references, bases = [], {}
-    for masks, scaling, late, flat in _forms():
-
-        def reference(*tensors, _masks=masks, _scaling=scaling, _late=late, _flat=flat, scale=1.0, **fills):
-            q, k, v, *tensors = tensors
-            if _scaling in ("factor", "divisor"):
-                scale, *tensors = tensors
-            scores = F.linear(q, k) if _flat else q @ k
-            if _scaling != "none" and not _late:
-                scores = scores / scale if _scaling == "divisor" else scores * scale
-            scores = _masked(scores, _masks, tensors, fills)
-            if _late:
-                scores = scores / scale if _scaling == "divisor" else scores * scale
-            return torch.softmax(scores, -1) @ v
-
-        inputs = {"q": Q[2:], "k": (5, 8), "v": V[2:]} if flat else {"q": Q, "kt": K_T, "v": V}
-        if scaling in ("factor", "divisor"):
-            inputs[scaling] = ()
-        inputs |= {f"mask{i}": SCORES if kind == "add" else CONDITION for i, kind in enumerate(masks)}
-        fills = [f"fill{i}" for i, kind in enumerate(masks) if kind != "add"]
-        consts = (*fills, *(["scale"] if scaling == "const" else []))
-        variant = {"masks": masks, "late": late}
-        references.append(Reference(reference, inputs, consts, variant, bases.get(flat)))
-        bases.setdefault(flat, references[-1])
-    library = {"library": True, "masks": ()}
-    inputs = {"query": Q, "key": (2, 3, 5, 8), "value": V}
-    references.append(Reference(of_library, inputs, (), library))
-    references.append(Reference(of_library, {**inputs, "attn_mask": SCORES}, (), library))
-    return tuple(references)
+def with_sink_behind(scores, sink, v):
+    share = torch.sigmoid(torch.logsumexp(scores, -1) - sink)  # of the softmax that the sink leaves
+    return torch.softmax(scores, -1) @ v * share.unsqueeze(-1)
 
 
 def of_library(query, key, value, attn_mask=None):
@@ -88,10 +40,18 @@ def of_library(query, key, value, attn_mask=None):
 
 class Attention(Pattern):
     name = "attention"
-    references = _references()
+    references = (
+        Reference(with_sink_behind, {"scores": SCORES, "sink": SINK[:-1], "v": V}),
+        Reference(with_sink, {"scores": SCORES, "sink": SINK, "v": V}),
+        Reference(plain, {"scores": SCORES, "v": V}),
+        Reference(of_library, {"query": Q, "key": K, "value": V}),
+        Reference(of_library, {"query": Q, "key": K, "value": V, "attn_mask": SCORES}),
+    )
+    row_operators = True  # models that put batch and heads into one dimension take them apart for the mask
+    dropout = True
 
     def already(self, match: Match) -> str | None:
-        if not match.variant.get("library"):
+        if not _is_library(match):
             return None
         dropout = match.attrs("attention")[3]  # what is dropped depends on the call that draws it
         if not dropout and (_grouped(match) or _causal(match)):
@@ -99,76 +59,145 @@ class Attention(Pattern):
         return "scaled_dot_product_attention"
 
     def check(self, match: Match) -> str | None:
+        if _is_library(match):
+            return None
+        try:
+            scores = _scores(match)
+        except Stray as stray:
+            return str(stray)
         q, k, v = (value.meta for value in _operands(match))
-        flat = "k" in match.tensors  # without batch and heads
-        if q.ndim not in ((2,) if flat else (3, 4)) or v.ndim != q.ndim or k.ndim != q.ndim:
-            return f"queries of {q.ndim} dimensions"
-        if q.shape[:-2] != k.shape[:-2] or q.shape[:-2] != v.shape[:-2]:
+        if None in (q, k, v) or v.ndim not in (2, 3, 4) or q.ndim != k.ndim:
+            return "queries, keys and values are not laid out as heads"
+        if q.ndim != v.ndim and (q.ndim, v.ndim) != (3, 4):
+            return f"queries of {q.ndim} dimensions and values of {v.ndim}"
+        if q.shape[:-2] != k.shape[:-2] or (q.ndim == v.ndim and q.shape[:-2] != v.shape[:-2]):
             return f"queries {list(q.shape)}, keys {list(k.shape)} and values {list(v.shape)} differ in batch or heads"
-        for name in ("factor", "divisor"):
-            if name in match.tensors:
-                meta = match.meta(name)
-                if meta.numel() != 1 and (match.variant["late"] or meta.ndim > q.ndim or meta.shape[-1] != 1):
-                    return f"scores are scaled by a tensor of shape {list(meta.shape)}"
         if not (q.static[-1] and v.static[-1]):
             return "the width of the heads changes between calls"
-        for name, fill in match.consts.items():
-            if name.startswith("fill") and not fill <= HIDDEN:
-                return f"masked scores are set to {fill}, which leaves something of them"
-        return None
+        for step in scores.steps:
+            if step.kind in ("multiply", "divide"):
+                meta = step.value.meta
+                if meta.numel() != 1 and (meta.ndim > q.ndim or step.ndim != q.ndim or meta.shape[-1] != 1):
+                    return f"scores are scaled by a tensor of shape {list(meta.shape)}"
+        if "sink" in match.tensors and _sinks(match) is None:
+            return f"the sink has shape {list(match.meta('sink').shape)}, not one number for each head"
+        return _passed_check(match, scores)
 
     def replacement(self, match: Match) -> Call:
-        masks = tuple(match.variant["masks"])
-        note = {"masks": masks} if masks else {}
-        library = match.variant.get("library")
-        attrs = match.attrs("attention") if library else (False, match.consts.get("scale", 1.0), False)
-        options = {"is_causal": attrs[0], "scale": attrs[1], "enable_gqa": attrs[2], "out_dtype": match.root.meta.dtype}
-        tensors = [match[n] for n in match.tensors if n.startswith(("mask", "attn_mask"))]
-        fills = tuple(match.consts.get(f"fill{i}") for i in range(len(masks)))
-        if library and tensors:
-            masks, fills = ("library",), (None,)
-        if _causal(match):
-            options["is_causal"], masks, tensors, fills = True, (), [], ()
-            note = {"masks": "causal"}
+        library, note = _is_library(match), {}
+        causal = _causal(match)
+        options = {"out_dtype": match.root.meta.dtype, "contiguous": not library or match.root.meta.is_contiguous()}
+        own: dict = {}
+        if library:
+            options["is_causal"], options["scale"], options["enable_gqa"], _ = match.attrs("attention")
+            tensors, steps = [match[n] for n in match.tensors if n == "attn_mask" and not causal], []
+        else:
+            scores = _scores(match)
+            kept = [s for s in scores.steps if not (causal and s.kind in MASKS)]
+            tensors, steps = [s.value.node for s in kept if s.value], [(s.kind, s.number, s.ndim) for s in kept]
+            dropped = _dropped(match)
+            own["softcap"] = next((s.number for s in scores.steps if s.kind == "cap"), None)
+            own["dropout"] = dropped.attrs[0] if dropped else 0.0
+            options["drop_dtype"] = dropped.meta.dtype if dropped else None
+            options["heads"] = _heads(match, scores)
+            own["sink"] = "sink" in match.tensors
+        options["is_causal"] = options.get("is_causal") or causal
+        masks = [kind for kind, _, _ in steps if kind in MASKS]
+        note |= {"masks": "causal"} if causal else {"masks": tuple(masks)} if masks else {}
+        note |= {name: value for name, value in own.items() if value}
         operands = [value.node for value in _operands(match)]
-        grouped = _grouped(match) if not tensors else None
-        if grouped:
+        grouped = _grouped(match) if any(own.values()) or not (tensors or masks) else None
+        if grouped:  # with a dense mask none of PyTorch's fused kernels takes groups
             operands[1:], options["enable_gqa"] = [value.node for value in grouped], True
             note["grouped"] = True
-        options["transposed"] = "kt" in match.tensors and not grouped
-        options["scaling"] = next((n for n in ("factor", "divisor") if n in match.tensors), None)
-        options["late"] = match.variant.get("late", False)
-        scales = [match[options["scaling"]]] if options["scaling"] else []
-        return Call(attention, (*operands, *scales, *tensors), {**options, "masks": masks, "fills": fills}, note)
+        options["transposed"] = not library and scores.product.op == "matmul" and not grouped
+        sinks = [_sinks(match).node] if own.get("sink") else []
+        return Call(attention, (*operands, *sinks, *tensors), {**options, **own, "steps": tuple(steps)}, note)
 
     def cut(self, match: Match, longest: int) -> dict[int, int]:
         """Fewer tokens and, if there are many, fewer sequences, where no other dimension has that size."""
         q, k, v = (value.meta for value in _operands(match))
-        tokens = k.shape[-1 if "kt" in match.tensors else -2], q.shape[-2]
-        others = {q.shape[-1], v.shape[-1], *q.shape[:-2], *k.shape[:-2]}
+        tokens = v.shape[-2], q.shape[-2]
+        others = {q.shape[-1], v.shape[-1], *q.shape[:-2], *v.shape[:-2]}
         return {n: longest + (n != tokens[1]) for n in tokens if n > longest + 1 and n not in others}
 
     def sample(self, match: Match, name: str, shapes, generator: torch.Generator) -> torch.Tensor | None:
         """Conditions that leave each query its first key: a query without any has no defined result."""
-        if match.meta(name).dtype != torch.bool:
+        if _is_library(match):
+            condition = name == "attn_mask" and match.meta(name).dtype == torch.bool
+            kind = "keep" if condition else ""
+        else:
+            kind = next((s.kind for s in _scores(match).steps if s.value and s.value.node.name == name), "")
+        if kind not in ("keep", "drop"):
             return None
-        index = int(name[4:]) if name.startswith("mask") else -1
         visible = torch.rand(shapes[name], generator=generator, device=generator.device) < 0.7
         visible[..., 0] = True
-        return ~visible if index >= 0 and match.variant["masks"][index] == "drop" else visible
+        return ~visible if kind == "drop" else visible
+
+
+def _is_library(match: Match) -> bool:
+    return "query" in match.tensors
+
+
+def _scores(match: Match) -> Scores:
+    return trace_back(match.tensors["scores"])
 
 
 def _operands(match: Match) -> tuple[Value, Value, Value]:
-    names = (("q", "query"), ("k", "kt", "key"), ("v", "value"))
-    return tuple(match.tensors[next(n for n in same if n in match.tensors)] for same in names)
+    """Queries, keys (or, behind a matmul, their transpose) and values."""
+    if _is_library(match):
+        return tuple(match.tensors[name] for name in ("query", "key", "value"))
+    return (*_scores(match).product.inputs, match.tensors["v"])
+
+
+def _dropped(match: Match) -> Value | None:
+    return next((v for _, _, values in match.passed for v in values if v.op == "dropout"), None)
+
+
+def _passed_check(match: Match, scores: Scores) -> str | None:
+    """Whether what stands between the operators is what a replacement knows of."""
+    for consumer, producer, values in match.passed:
+        for value in values:
+            if value.op == "dropout":
+                after = consumer == "matmul" and producer in ("softmax", "sink_softmax")
+                if not after or value.attrs[0] >= 1 or [v.op for v in values].count("dropout") > 1:
+                    return f"dropout of {value.attrs[0]} stands between {producer} and {consumer}"
+            elif is_row_operator(value) and value.op != "reshape":
+                return f"{value.op} stands between {producer} and {consumer}"
+    batches, q = _batches(match, scores), _operands(match)[0].meta
+    pairs = [b for b in batches if len(b) == 2]
+    if batches and (q.ndim != 3 or len(pairs) != 1 or batches - {*pairs} != {q.shape[:-2]} or "sink" in match.tensors):
+        return f"scores are regrouped: {sorted(batches)}"
+    return None
+
+
+def _batches(match: Match, scores: Scores) -> frozenset[tuple[int, ...]]:
+    """The leading dimensions that scores and probabilities have, where they are regrouped."""
+    regrouped = [v for _, _, values in match.passed for v in values if v.op == "reshape"]
+    return scores.batches | {m.shape[:-2] for v in regrouped for m in (v.meta, v.inputs[0].meta)}
+
+
+def _heads(match: Match, scores: Scores) -> int | None:
+    """The number of heads, where batch and heads are one dimension of the queries, and two elsewhere."""
+    return next((b[1] for b in _batches(match, scores) if len(b) == 2), None)
+
+
+def _sinks(match: Match) -> Value | None:
+    """The sink as one number for each head, before it was broadcast."""
+    heads, value = _operands(match)[0].meta.shape, match.tensors["sink"]
+    if len(heads) != 4 or value.meta is None or value.meta.shape[1:2] != heads[1:2]:
+        return None
+    while value.op in ("expand", "reshape", "copy") and value.inputs[0].node is not None:
+        value = value.inputs[0]
+    return value if value.meta is not None and value.meta.shape == (heads[1],) else None
 
 
 def _grouped(match: Match) -> tuple[Value, Value] | None:
     """Key and value before they were repeated for the heads that share them; None if they were not."""
     q, k, v = _operands(match)
-    if match.variant.get("library"):
-        if match.attrs("attention")[2] or any(n == "attn_mask" for n in match.tensors) and not _causal(match):
-            return None  # with a dense mask no fused kernel takes groups
+    if _is_library(match):
+        if match.attrs("attention")[2] or ("attn_mask" in match.tensors and not _causal(match)):
+            return None  # with a dense mask none of PyTorch's fused kernels takes groups
     elif k.op == "permute" and k.attrs[0] == (0, 1, 3, 2):
         k = k.inputs[0]
     else:
@@ -197,93 +226,31 @@ def _unrepeated(value: Value) -> Value | None:
     return source if meta.shape == (batch, heads * shape[2], *rest) else None
 
 
+def _mask(match: Match) -> Step | None:
+    """The only mask among the steps."""
+    masks = [s for s in _scores(match).steps if s.kind in MASKS]
+    return masks[0] if len(masks) == 1 else None
+
+
 def _causal(match: Match) -> bool:
     """Whether the only mask hides exactly the later positions, whatever the inputs are."""
-    library = match.variant.get("library")
-    masks = ("library",) if library and "attn_mask" in match.tensors else match.variant["masks"]
-    if len(masks) != 1:
-        return False
-    node = match["attn_mask" if library else "mask0"]
-    mask = constant(node)
+    if _is_library(match):
+        kind, value = "add", match.tensors.get("attn_mask")
+    else:
+        step = _mask(match)
+        kind, value = (step.kind, step.value) if step else ("", None)
+    mask = constant(value.node) if value is not None else None
     if mask is None or mask.ndim < 2 or mask.shape[-1] != mask.shape[-2] or mask.numel() != mask.shape[-1] ** 2:
         return False
     mask = mask.reshape(mask.shape[-2:])
     if mask.dtype is torch.bool:
-        visible = ~mask if masks[0] == "drop" else mask
+        visible = ~mask if kind == "drop" else mask
     else:
+        mask = -mask if kind == "subtract" else mask
         visible = mask == 0
-        if masks[0] not in ("add", "library") or not bool((mask[~visible] <= HIDDEN).all()):
+        if not bool((mask[~visible] <= HIDDEN).all()):
             return False
     return torch.equal(visible, torch.ones_like(visible).tril())
-
-
-def constant(node: fx.Node, limit: int = 64) -> torch.Tensor | None:
-    """The tensor that a node is in every call, since only sizes go into it; None if there is more to it."""
-    value = example(node)
-    if (
-        not isinstance(value, torch.Tensor)
-        or any(not isinstance(s, int) for s in value.shape)
-        or value.numel() > 1 << 26
-    ):
-        return None
-    order, todo = [], [node]
-    while todo:
-        current = todo.pop()
-        target = current.target
-        if current.op != "call_function" or not isinstance(target, torch._ops.OpOverload) or len(order) > limit:
-            return None
-        if target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags:
-            return None
-        order.append(current)
-        todo.extend(current.all_input_nodes)
-    values: dict[fx.Node, torch.Tensor] = {}
-    position = {n: i for i, n in enumerate(node.graph.nodes)}
-    try:
-        with torch.no_grad():
-            for current in sorted(set(order), key=position.__getitem__):
-                args, kwargs = fx.node.map_arg((current.args, current.kwargs), values.__getitem__)
-                if "device" in kwargs:
-                    kwargs = {**kwargs, "device": "cpu"}
-                values[current] = current.target(*args, **kwargs)
-    except Exception:  # an operator that can't run here: then the mask stays what it is
-        return None
-    return values[node]
-
-
-def attention(q, k, v, *tensors, masks, fills, scale, scaling, late, is_causal, enable_gqa, out_dtype, transposed):
-    """PyTorch's attention with the masks as one bias; the result laid out as a matrix product's."""
-    k = k.transpose(-2, -1) if transposed else k
-    after = scale  # what a mask is scaled by
-    if scaling:
-        after, *tensors = tensors
-        after = 1 / after if scaling == "divisor" else after
-        q = q * after.to(q.dtype)
-    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-    q, k, v = (t.to(dtype) for t in (q, k, v))
-    mask = _one_mask(masks, tensors, fills, after if late else None, dtype)
-    shape = (*q.shape[:-1], v.shape[-1])
-    if q.dim() < 4:  # the fused kernels take [B, H, T, D]
-        q, k, v = (t.unsqueeze(-3) if t.dim() == 3 else t[None, None] for t in (q, k, v))
-        mask = mask.unsqueeze(1) if mask is not None and mask.dim() == 3 else mask
-    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
-    return out.contiguous().view(shape).to(out_dtype)
-
-
-def _one_mask(masks, tensors, fills, scale, dtype):
-    if masks == ("library",):
-        return tensors[0]
-    if len(masks) == 1 and fills[0] == float("-inf"):  # no bias to add: a condition does
-        return tensors[0] if masks[0] == "keep" else ~tensors[0]
-    lowest = torch.finfo(dtype).min
-    bias = None
-    for kind, tensor, fill in zip(masks, tensors, fills, strict=True):
-        if kind == "add":
-            part = tensor if scale is None else tensor * scale
-        else:
-            hidden = ~tensor if kind == "keep" else tensor
-            part = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(hidden, max(fill, lowest))
-        bias = part if bias is None else bias + part
-    return bias if bias is None else bias.clamp(min=lowest).to(dtype)
 
 
 PATTERN = Attention()

@@ -13,7 +13,6 @@ from collections.abc import Callable
 import torch
 
 from rewriter.kernels.rotary import rotary as kernel
-from rewriter.meta import TensorMeta
 from rewriter.pattern import Call, Match, Pattern, Reference
 
 X, ANGLE, HALF_ANGLE = (2, 4, 3, 8), (2, 1, 3, 8), (2, 1, 3, 4)
@@ -129,7 +128,7 @@ class Rotary(Pattern):
     def replacement(self, *matches: Match) -> Call:
         first = matches[0]
         options = dict(first.variant) | {"out_dtype": first.root.meta.dtype}
-        options["contiguous"] = all(_is_contiguous(match.root.meta) for match in matches)
+        options["contiguous"] = all(match.root.meta.is_contiguous() for match in matches)
         note = {"style": first.variant["style"], "tensors": len(matches)}
         angles = [first[name] for name in _angles(first)]
         if len(matches) == 1:
@@ -139,15 +138,6 @@ class Rotary(Pattern):
 
 def _angles(match: Match) -> tuple[str, ...]:
     return ("angle",) if match.variant["angles"] == "complex" else ("cos", "sin")
-
-
-def _is_contiguous(meta: TensorMeta) -> bool:
-    expected = 1
-    for size, stride in zip(reversed(meta.shape), reversed(meta.stride), strict=True):
-        if size > 1 and stride != expected:
-            return False
-        expected *= size
-    return True
 
 
 def rotate_pair(q, k, *angles, style, out_dtype, contiguous, out_style=None, **form):

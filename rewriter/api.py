@@ -146,6 +146,11 @@ def _session(model: Any) -> Session | None:
     return None
 
 
+def _sizes(module: nn.Module) -> tuple:
+    """Modules that differ in this are never instances of one graph, whatever their class."""
+    return tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
+
+
 def _install(model: nn.Module, options: Options) -> Session:
     present = model.__dict__.get(_SESSION)
     if present is not None and present.options == options:
@@ -164,10 +169,12 @@ def _install(model: nn.Module, options: Options) -> Session:
             kind = region.kind
             if kind == "body":
                 return opaque_forward(forward, session)
-            if (forward, kind) not in shared:
-                compiled = torch.compile(traceable(forward), backend=backend, dynamic=options.dynamic)
-                shared[forward, kind] = region_forward(forward, compiled, session, kind)
-            return shared[forward, kind]
+            key = forward, kind, _sizes(region.module)
+            if key not in shared:
+                number = sum(known[:2] == key[:2] for known in shared)
+                compiled = torch.compile(traceable(forward, number), backend=backend, dynamic=options.dynamic)
+                shared[key] = region_forward(forward, compiled, session, kind)
+            return shared[key]
 
         attach(region, wrap, session)
 

@@ -143,14 +143,23 @@ def region_forward(forward: Callable, compiled: Callable, session: Any, kind: st
     return torch.compiler.disable(run, recursive=True, reason=REASON)
 
 
-def traceable(forward: Callable) -> Callable:
-    """`forward` as Dynamo accepts it for an outermost frame: it skips frames whose code lies in torch.nn itself."""
-    if not getattr(forward, "__module__", "").startswith("torch."):
+def traceable(forward: Callable, number: int) -> Callable:
+    """`forward` as Dynamo accepts it for an outermost frame: it skips frames whose code lies in torch.nn itself.
+
+    Dynamo keeps sizes that changed, and counts recompilations, by code: with another number it is code of its own, so
+    that one module's width is not taken for another's that changed.
+    """
+    inner = forward
+    if getattr(forward, "__module__", "").startswith("torch."):
+
+        def enter(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return forward(self, *args, **kwargs)
+
+        inner = enter
+    elif not number or not isinstance(forward, types.FunctionType):
         return forward
-
-    def enter(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return forward(self, *args, **kwargs)
-
-    # A code object of its own, since Dynamo counts recompilations per code object.
-    enter.__code__ = enter.__code__.replace(co_name=f"enter_{getattr(forward, '__qualname__', 'forward')}")
-    return functools.update_wrapper(enter, forward)
+    name = f"{getattr(forward, '__qualname__', 'forward').replace('.', '_')}_{number}"
+    code = inner.__code__.replace(co_name=name)
+    copied = types.FunctionType(code, inner.__globals__, inner.__name__, inner.__defaults__, inner.__closure__)
+    copied.__kwdefaults__ = inner.__kwdefaults__
+    return functools.update_wrapper(copied, forward)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 
 import networkx as nx
 import torch
@@ -30,6 +29,7 @@ class Site:
     covered: nodes between inputs and outputs, outputs included
     lazy:    covered nodes that only leave the graph as an output (computed on demand)
     before:  the node in front of which the call is placed
+    compute: covered nodes that belong to this site alone
     """
 
     matches: tuple[Match, ...]
@@ -39,15 +39,11 @@ class Site:
     covered: tuple[fx.Node, ...]
     lazy: tuple[fx.Node, ...]
     before: fx.Node
+    compute: frozenset[fx.Node]
 
     @property
     def pattern(self) -> str:
         return self.matches[0].pattern.name
-
-    @cached_property
-    def compute(self) -> frozenset[fx.Node]:
-        """Covered nodes that belong to this site alone."""
-        return frozenset(n for m in self.matches for v in m.bound.values() if (n := v.node) is not None)
 
 
 class Illegal(Exception):
@@ -92,8 +88,11 @@ class Legality:
         before = self._place(inputs, outputs)
         self._check_order(covered, inputs, outputs, before)
         self._check_writes(covered, inputs, outputs, before)
+        self._check_draws(covered, before)
         check_fake(call, inputs, outputs, self._fakes)
-        return Site(matches, call, inputs, outputs, covered, lazy, before)
+        bound = {v.node for m in matches for v in m.bound.values()} - {None}
+        work = {node for node in covered if self.shadow.of[node].op not in _CHEAP}
+        return Site(matches, call, inputs, outputs, covered, lazy, before, frozenset(bound | work))
 
     def _covered(self, inputs: tuple[fx.Node, ...], outputs: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
         """Everything between inputs and outputs, outputs included, in graph order."""
@@ -158,14 +157,43 @@ class Legality:
                     raise Illegal(f"{sink.name} depends on {source.name}", sink)
 
     def _check_writes(self, covered: tuple, inputs: tuple, outputs: tuple, before: fx.Node) -> None:
-        low, high = self.position[covered[0]], self.position[before]
+        high = self.position[before]
+        inside = set(covered)
         for node in (*inputs, *covered):
-            for writer in self.writes.get(node, ()):
+            if node not in self.writes:
+                continue
+            low = min((self.position[u] for u in node.users if u in inside), default=self.position[covered[0]])
+            for writer in self.writes[node]:
                 at = self.position[writer]
                 if low < at < high or (node in covered and not (node in outputs and at >= high)):
                     raise Illegal(f"{writer.name} writes {node.name} in place", writer)
                 if node in inputs and at >= high and any(tensor_meta(n).requires_grad for n in outputs):
                     raise Illegal(f"{writer.name} writes {node.name} in place, which backward may need", writer)
+
+
+    def _check_draws(self, covered: tuple, before: fx.Node) -> None:
+        """Random numbers are drawn in the order in which the model draws them."""
+        own = [node for node in covered if draws_random_numbers(node)]
+        if not own:
+            return
+        if len(own) > 1:
+            raise Illegal("random numbers are drawn twice inside the match", own[1])
+        for node in _window(own[0].next, self.position[before] - self.position[own[0]] - 1):
+            if draws_random_numbers(node):
+                raise Illegal(f"{node.name} draws random numbers before the replacement does", node)
+
+
+def draws_random_numbers(node: fx.Node) -> bool:
+    """Whether a node draws random numbers, as far as can be told: a call that nothing is known of may."""
+    if node.op not in ("call_function", "call_method", "call_module"):
+        return False
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return node.target is not operator.getitem
+    if node.target is torch.ops.aten.dropout.default:
+        return bool(node.args[1]) and bool(node.args[2])
+    if node.target is torch.ops.aten.scaled_dot_product_attention.default:
+        return node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0) != 0.0
+    return torch.Tag.nondeterministic_seeded in node.target.tags
 
 
 def _window(node: fx.Node, length: int) -> Iterator[fx.Node]:
@@ -205,8 +233,7 @@ def written_nodes(graph: fx.Graph) -> dict[fx.Node, tuple[fx.Node, ...]]:
                         writers.setdefault(root(source), []).append(node)
                     _join(alias, root, node, source)
             if not any(a.alias_info for a in schema.arguments) and may_alias(target):
-                for source in node.all_input_nodes:
-                    _join(alias, root, node, source)
+                _join(alias, root, node, node.args[0])
         else:
             for source in node.all_input_nodes:  # unknown call: its results may share memory with its inputs
                 _join(alias, root, node, source)

@@ -101,7 +101,7 @@ def _climb(start: Value, path: list[Value], pattern: Pattern) -> Iterator[Value]
 
 
 def _passable(value: Value, pattern: Pattern) -> bool:
-    if value.op in TRANSPARENT:
+    if value.op in TRANSPARENT or (value.op == "dropout" and pattern.dropout):
         return True
     return pattern.row_operators and is_row_operator(value)
 

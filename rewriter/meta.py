@@ -19,6 +19,11 @@ def hint(value: Any) -> int:
     return int(value)
 
 
+def _is_fixed(size: Any) -> bool:
+    """Whether a size is the same in every call: a symbol may have been found equal to a number since it was made."""
+    return not isinstance(size, torch.SymInt) or size.node.maybe_as_int() is not None
+
+
 @dataclass(frozen=True)
 class TensorMeta:
     """Shape and strides are the example's sizes; `static[d]` is False where dimension d may change between calls."""
@@ -38,12 +43,20 @@ class TensorMeta:
             dtype=tensor.dtype,
             device=tensor.device,
             requires_grad=tensor.requires_grad,
-            static=tuple(not isinstance(s, torch.SymInt) for s in tensor.shape),
+            static=tuple(_is_fixed(s) for s in tensor.shape),
         )
 
     @property
     def ndim(self) -> int:
         return len(self.shape)
+
+    def is_contiguous(self) -> bool:
+        expected = 1
+        for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
+            if size > 1 and stride != expected:
+                return False
+            expected *= size
+        return True
 
     def numel(self) -> int:
         total = 1

@@ -1,7 +1,7 @@
 """Exact changes to the real graph before anything is matched: they leave every number as it is.
 
-Writes in place to a temporary that nothing else shares become the operators they are short for, and results that
-nothing reads disappear.
+Writes in place to a temporary that nothing else shares become the operators they are short for; casts that give their
+operand back and results that nothing reads disappear.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import operator
 import torch
 from torch import fx
 
-from rewriter.legality import may_alias
+from rewriter.legality import draws_random_numbers, may_alias
 from rewriter.meta import example, set_example, tensor_meta
 
 aten = torch.ops.aten
@@ -22,12 +22,26 @@ def normalise(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.target in _LIKE_ANOTHER and tensor_meta(node) is not None:
             _to_dtype(node)
+        if _is_its_operand(node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    for node in list(graph.nodes):
         functional = _functional(node)
         if functional is not None and _is_temporary(node.args[0], node):
             _out_of_place(graph, node, functional)
     for node in reversed(list(graph.nodes)):
-        if node.target is operator.getitem and not node.users:
+        if not node.users and _is_pure(node):
             graph.erase_node(node)
+
+
+def _is_pure(node: fx.Node) -> bool:
+    """Whether a call does nothing but give its result."""
+    target = node.target
+    if target is operator.getitem:
+        return True
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten" or "assert" in target.__name__:
+        return False
+    return not target._schema.is_mutable and not draws_random_numbers(node)
 
 
 # Casts to the dtype of another tensor, which is read for nothing else.
@@ -38,6 +52,16 @@ def _to_dtype(node: fx.Node) -> None:
     source, meta = tensor_meta(node.args[0]), tensor_meta(node)
     if source is not None and source.device == meta.device and len(node.args) == 2 and not node.kwargs:
         node.target, node.args = aten.to.dtype, (node.args[0], meta.dtype)
+
+
+def _is_its_operand(node: fx.Node) -> bool:
+    """A cast to the dtype that a tensor has gives that very tensor."""
+    if node.target is not aten.to.dtype or len(node.args) != 2 or node.kwargs:
+        return False
+    source, result = example(node.args[0]), example(node)
+    if not isinstance(source, torch.Tensor) or type(source) is not type(result) or source.dtype != node.args[1]:
+        return False
+    return source.layout == torch.strided and source.requires_grad == result.requires_grad
 
 
 def _functional(node: fx.Node) -> torch._ops.OpOverload | None:
@@ -80,9 +104,10 @@ def _is_temporary(source: fx.Node, writer: fx.Node) -> bool:
         if user is writer or user.op == "output":
             continue
         target = user.target
-        if not isinstance(target, torch._ops.OpOverload) or may_alias(target):
+        if not isinstance(target, torch._ops.OpOverload):
             return False
-        if any(r.alias_info for r in target._schema.returns):
+        shares = may_alias(target) or any(r.alias_info for r in target._schema.returns)
+        if shares and (user.args[0] is source or not isinstance(user.args[0], fx.Node)):
             return False
     return all(argument is not source for argument in writer.args[1:])
 

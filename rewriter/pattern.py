@@ -81,7 +81,7 @@ class Match:
     consts:   constant hole name -> number
     rounded:  hole name -> dtype that ambient autocast rounds this hole to before use
     bound:    value of the reference -> value of the graph
-    passed:   (operator of the consumer, operator of the producer, casts and copies seen through on that edge)
+    passed:   (operator of the consumer, operator of the producer, what was seen through on that edge, last one first)
     root:     the graph value that the reference's result is; `output` is its real node
     """
 
@@ -152,6 +152,7 @@ class Pattern:
 
     rounded_inputs: the replacement accepts inputs that ambient autocast rounds first (see Match.rounded)
     row_operators:  slices and reshapes that keep the last dimension are seen through inside a match
+    dropout:        so is dropout; the replacement then draws the same random numbers
     lazy:           an intermediate result may leave the graph as an output that is computed on demand
     parts:          of a composite: the patterns that a match of it counts for as well
     """
@@ -160,6 +161,7 @@ class Pattern:
     references: tuple[Reference, ...] = ()
     rounded_inputs: bool = False
     row_operators: bool = False
+    dropout: bool = False
     lazy: bool = False
     parts: tuple[str, ...] = ()
 
@@ -197,7 +199,7 @@ class Pattern:
     ) -> torch.Tensor | None:
         """A tensor of shape `shapes[name]`, on the generator's device, to verify with for the hole `name`.
 
-        `shapes` has every hole; long dimensions were cut. None takes the default: normal numbers, for integers 0 and 1.
+        Where the replacement reads a node that is no hole, `name` is the node's. `shapes` has it and every hole; long dimensions were cut. None takes the default: normal numbers, for integers 0 and 1.
         """
         return None
 

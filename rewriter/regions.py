@@ -15,7 +15,8 @@ from torch import nn
 
 # Nothing to rewrite in these alone: a matrix product or a lookup.
 _BARE = (nn.Linear, nn.Embedding, nn.Dropout, nn.Identity, nn.Bilinear, nn.EmbeddingBag)
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+_LISTS = (nn.ModuleList, nn.ModuleDict)  # have no forward of their own
+_CONTAINERS = (*_LISTS, nn.Sequential)
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def find_regions(model: nn.Module) -> list[Region]:
         regions += [Region(p, m, kind) for p, m in group]
     for key in opaque:
         body_path, body = owners[key]
-        for name, child in body.named_children():
+        for name, child in _children(body):
             if _is_part(child, blocks, owners):
                 regions.append(Region(f"{body_path}.{name}", child, "part"))
         regions.append(Region(body_path, body, "body"))
@@ -93,7 +94,7 @@ def _blocks_of(module: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
 
 
 def _does_work(module: nn.Module) -> bool:
-    if isinstance(module, nn.ModuleList | nn.ModuleDict):
+    if isinstance(module, _LISTS):
         return False
     inner = [m for m in module.modules() if m is not module and m._parameters]
     return len(inner) >= 2
@@ -133,8 +134,17 @@ def _has_head(body: nn.Module, blocks: set[int]) -> bool:
     return bool(vocabularies & widths)
 
 
+def _children(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The children of a module and, in the place of a list, what it holds."""
+    for name, child in module.named_children():
+        if type(child) in _LISTS:
+            yield from _children(child, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", child
+
+
 def _is_part(module: nn.Module, blocks: set[int], owners: dict) -> bool:
-    if isinstance(module, _BARE) or type(module) in (nn.ModuleList, nn.ModuleDict):
+    if isinstance(module, _BARE) and not list(module.children()):
         return False
     for inner in module.modules():
         if id(inner) in blocks or id(inner) in owners:

@@ -174,7 +174,7 @@ class Session:
         result = []
         for path in paths:
             for site in sites:
-                inside = record.base and re.match(re.escape(record.base) + r"[.#]|$", site)
+                inside = record.base and re.match(re.escape(record.base) + r"(?:[.#]|$)", site)
                 result.append(path + site[len(record.base) :] if inside else site)
         return tuple(dict.fromkeys(result))
 

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from rewriter.meta import example, hint
+from rewriter.meta import example, hint, tensor_meta
 
 
 def extract(
@@ -36,7 +36,18 @@ _EXACT = {torch.float16: torch.float64, torch.bfloat16: torch.float64, torch.flo
 
 
 class Float64(fx.Interpreter):
-    """Runs a graph as mathematics: every cast to a narrower float type becomes one to float64."""
+    """Runs a graph as mathematics: every cast to a narrower float type becomes one to float64.
+
+    Dropout keeps what it keeps in the model's own dtype: another dtype may draw other random numbers.
+    """
+
+    def run_node(self, node: fx.Node) -> Any:
+        meta = tensor_meta(node)
+        if node.target is aten.dropout.default and meta is not None and node.args[2]:
+            x, p = self.fetch_args_kwargs_from_env(node)[0][:2]
+            kept = torch.dropout(torch.ones_like(x, dtype=meta.dtype), p, True) != 0
+            return x * kept / (1 - p) if p < 1 else x * 0
+        return super().run_node(node)
 
     def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
         args, kwargs = pytree.tree_map(lambda a: _EXACT.get(a, a) if _is_dtype(a) else a, (args, kwargs))

@@ -99,13 +99,12 @@ class _Wrong(Exception):
 
 
 @contextlib.contextmanager
-def _untouched_random_state() -> Iterator[None]:
-    """Raise if random numbers were drawn inside; the generators of every device are put back, also on an error."""
+def _random_numbers(seed: int, states: list[list[torch.Tensor]]) -> Iterator[None]:
+    """Random numbers from `seed` inside; the state that is left joins `states`, and every generator is put back."""
     with torch.random.fork_rng():
-        before = _random_state()
+        torch.manual_seed(seed)
         yield
-        if not all(map(torch.equal, before, _random_state())):
-            raise _Wrong("the replacement draws random numbers")
+        states.append(_random_state())
 
 
 def _random_state() -> list[torch.Tensor]:
@@ -146,17 +145,15 @@ def _compare(site: Site, sizes: dict[int, int], scale: float, seed: int) -> list
     match_of = {v.node: (m, name) for m in site.matches for name, v in m.tensors.items()}
     samples = {}
     for node in site.inputs:
-        match, name = match_of.get(node, (None, node.name))
+        match, name = match_of.get(node, (site.matches[0], node.name))
         meta = tensor_meta(node)
         if meta.device not in generators:
             generators[meta.device] = torch.Generator(meta.device).manual_seed(seed)
         generator = generators[meta.device]
-        given = None
-        if match is not None:
-            shapes = {n: _cut(v.meta, sizes) for n, v in match.tensors.items()}
-            given = match.pattern.sample(match, name, shapes, generator)
-            if scale != SCALES[0] and meta.dtype.is_floating_point:
-                given = None  # whatever a pattern likes to be tried on, once it is tried on plain numbers
+        shapes = {name: _cut(meta, sizes), **{n: _cut(v.meta, sizes) for n, v in match.tensors.items()}}
+        given = match.pattern.sample(match, name, shapes, generator)
+        if scale != SCALES[0] and meta.dtype.is_floating_point:
+            given = None  # whatever a pattern likes to be tried on, once it is tried on plain numbers
         samples[node] = _sample(given, meta, _cut(meta, sizes), scale, generator)
     original = extract(site.inputs, site.covered, site.outputs, sizes)
     ambient = site.outputs[0].meta.get("ambient") or (True, ())
@@ -173,16 +170,19 @@ def _compare(site: Site, sizes: dict[int, int], scale: float, seed: int) -> list
         return site.call.fn(*args, **kwargs)
 
     exact = {n: _exact(s) for n, s in samples.items()}
+    states: list[list[torch.Tensor]] = []
     try:
-        with _autocast(ambient[1], samples):
+        with _random_numbers(seed, states), _autocast(ambient[1], samples):
             expected, upstream = _run(old, samples, differentiable, None, generators)
-        with _autocast((), samples):
+        with _random_numbers(seed, []), _autocast((), samples):
             true, _ = _run(truth, exact, differentiable, upstream, generators)
     except Exception as error:
         raise _Unrunnable(f"{type(error).__name__}: {error}") from error
     before = {n: s.clone() for n, s in samples.items()}
-    with _untouched_random_state(), _autocast(ambient[1], samples):
+    with _random_numbers(seed, states), _autocast(ambient[1], samples):
         got, _ = _run(new, samples, differentiable, upstream, generators)
+    if not all(map(torch.equal, *states)):
+        raise _Wrong("the replacement draws other random numbers")
     for node, sample in samples.items():
         if not torch.equal(sample, before[node]):
             raise _Wrong(f"the replacement writes its input {match_of.get(node, (None, node.name))[1]}")

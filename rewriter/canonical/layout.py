@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import fx
 
-from rewriter.canonical.table import aten, negative, rule
+from rewriter.canonical.table import TRANSPARENT, aten, negative, rule
 from rewriter.meta import TensorMeta, hint, tensor_meta
 from rewriter.shadow import Shadow, Value
 
@@ -39,11 +39,14 @@ def _copy(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value:
 
 
 @rule(aten.dropout)
-def _dropout(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
-    return args[0] if args[1] == 0.0 or args[2] is False else None
+def _dropout(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value:
+    if args[1] == 0.0 or args[2] is False:
+        return args[0]
+    return shadow.add("dropout", (args[0],), (float(args[1]),), node, unique=True)
 
 
-@rule(aten.view, aten.reshape, aten._unsafe_view, aten.unsqueeze, aten.squeeze, aten.flatten, aten.unflatten)
+@rule(aten.view, aten.reshape, aten._unsafe_view, aten.view_as, aten.reshape_as, aten.unsqueeze, aten.squeeze)
+@rule(aten.flatten, aten.unflatten)
 def _reshape(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
     meta = tensor_meta(node)
     if meta is None or args[0].meta is None or meta.dtype != args[0].meta.dtype:
@@ -123,6 +126,38 @@ def _slice_value(
     return shadow.add("slice", (value,), attrs, node, meta=None if node is not None else new)
 
 
+def _without_sink(shadow: Shadow, node: fx.Node | None, value: Value, given: tuple, exact: bool) -> Value | None:
+    """`softmax(cat([scores, sink]))[..., :-1]`, or with the sink first: probabilities of which a sink took its share.
+
+    given: start and end as the model wrote them; exact: whether they are what they are for every size.
+    """
+    casts, inner = [], value
+    while inner.op in TRANSPARENT:
+        casts.append(inner)
+        inner = inner.inputs[0]
+    if inner.op != "softmax" or inner.attrs != (-1,):
+        return None
+    joined = inner.inputs[0]
+    while joined.op in TRANSPARENT:
+        joined = joined.inputs[0]
+    if joined.op != "cat" or joined.attrs != (-1,) or len(joined.inputs) != 2:
+        return None
+    size, (start, end) = value.meta.shape[-1], given
+    if start in (None, 0) and (end == -1 or (exact and end == size - 1)):
+        scores, sink = joined.inputs
+    elif start == 1 and (end is None or end >= 2**31 or (exact and end >= size)):
+        sink, scores = joined.inputs
+    else:
+        return None
+    if sink.meta is None or sink.meta.shape[-1] != 1 or not sink.meta.static[-1]:
+        return None
+    result = shadow.add("sink_softmax", (scores, sink), (), None if casts else node, meta=scores.meta)
+    for i, step in enumerate(reversed(casts)):
+        last = i == len(casts) - 1
+        result = shadow.add(step.op, (result,), step.attrs, node if last else None, meta=step.meta)
+    return result
+
+
 def _select_value(shadow: Shadow, node: fx.Node, value: Value, dim: int, index: int) -> Value | None:
     """One position along a dimension, which disappears."""
     meta = value.meta
@@ -181,6 +216,12 @@ def _unbind(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
 @rule(aten.slice)
 def _slice(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
     value, dim, start, end, step = args[:5]
+    if value.meta is not None and step == 1 and negative(dim, value.meta.ndim) == -1:
+        given = tuple(b if isinstance(b, int | None) else None for b in (start, end))
+        if given == (start, end):
+            without = _without_sink(shadow, node, value, given, value.meta.static[-1])
+            if without is not None:
+                return without
     try:
         bounds = [hint(0 if start is None else start), hint(2**62 if end is None else end), hint(step)]
     except (TypeError, ValueError):

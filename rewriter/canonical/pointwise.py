@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from rewriter.canonical.activations import activation
+from rewriter.canonical.reductions import largest, without_maximum
 from rewriter.canonical.table import aten, negative, operand, rule
 from rewriter.meta import tensor_meta
 from rewriter.shadow import Shadow, Value
@@ -53,7 +54,7 @@ def _unary(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
     return shadow.add(_UNARY[packet], (args[0],), () if packet is not aten.softplus else rest, node)
 
 
-@rule(aten.neg, operator.neg)
+@rule(aten.neg, aten.negative, operator.neg)
 def _neg(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value:
     return negated(shadow, args[0], node)
 
@@ -93,6 +94,11 @@ def _clamp(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
     if low is not None:
         return shadow.add("clamp_min", (value, low), (), node)
     return shadow.add("clamp_max", (value, high), (), node) if high is not None else value
+
+
+@rule(aten.max)
+def _max(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
+    return (_clamp if node.target._overloadname == "other" else largest)(shadow, node, args)
 
 
 @rule(aten.where, aten.masked_fill)
@@ -176,7 +182,7 @@ def _pow(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
     return shadow.add("pow", (base, exponent), (), node)
 
 
-@rule(aten.add, aten.sub, aten.rsub, operator.add, operator.sub)
+@rule(aten.add, aten.sub, aten.subtract, aten.rsub, operator.add, operator.sub)
 def _add(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
     packet = getattr(node.target, "overloadpacket", node.target)
     left, right = (operand(shadow, a) for a in args[:2])
@@ -255,7 +261,7 @@ def _widest(left: Value, right: Value) -> Any:
     return max(metas, key=lambda m: (m.ndim, m.numel()), default=None)
 
 
-@rule(aten.mul, operator.mul)
+@rule(aten.mul, aten.multiply, operator.mul)
 def _mul(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
     left, right = (operand(shadow, a) for a in args[:2])
     if left is None or right is None or tensor_meta(node) is None:
@@ -304,7 +310,7 @@ def parts_of(shadow: Shadow, value: Value) -> tuple[Value, Value]:
     return shadow.add("real", (value,)), shadow.add("imag", (value,))
 
 
-@rule(aten.div, operator.truediv)
+@rule(aten.div, aten.divide, aten.true_divide, operator.truediv)
 def _div(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
     left, right = (operand(shadow, a) for a in args[:2])
     if left is None or right is None or tensor_meta(node) is None:
@@ -345,13 +351,4 @@ def _as_softmax(shadow: Shadow, node: fx.Node | None, top: Value, bottom: Value)
     dims, keepdim = total.attrs
     if total.inputs[0].number != top.number or len(dims) != 1 or not keepdim:
         return None
-    scores = top.inputs[0]
-    if scores.op == "sub":
-        largest = scores.inputs[1]
-        if (
-            largest.op == "amax"
-            and largest.attrs == total.attrs
-            and largest.inputs[0].number == scores.inputs[0].number
-        ):
-            scores = scores.inputs[0]
-    return shadow.add("softmax", (scores,), dims, node, top.meta)
+    return shadow.add("softmax", (without_maximum(top.inputs[0], dims[0]),), dims, node, top.meta)

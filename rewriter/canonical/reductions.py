@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from rewriter.canonical.table import aten, cast, negative, rule
+from rewriter.canonical.table import TRANSPARENT, aten, cast, negative, rule
 from rewriter.meta import TensorMeta, tensor_meta
 from rewriter.shadow import Shadow, Value
 
@@ -53,8 +53,8 @@ def _amax(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
     return shadow.add("amax", (args[0],), (_dims(args[1], args[0].meta.ndim), bool(args[2])), node)
 
 
-@rule(aten.max)
-def _max(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
+def largest(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
+    """`x.max(dim)`: values and indices."""
     if args[0].meta is None or len(args) < 3 or not isinstance(args[1], int):
         return None
     largest = shadow.add("amax", (args[0],), (_dims(args[1], args[0].meta.ndim), bool(args[2])))
@@ -109,7 +109,22 @@ def _softmax(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
     if dtype is not None:
         value = cast(shadow, value, dtype)
     name = "log_softmax" if "log" in packet.__name__ else "softmax"
-    return shadow.add(name, (value,), (negative(args[1], value.meta.ndim),), node)
+    dim = negative(args[1], value.meta.ndim)
+    return shadow.add(name, (without_maximum(value, dim),), (dim,), node)
+
+
+def without_maximum(value: Value, dim: int) -> Value:
+    """x in the place of `x - max(x)`, of which the softmax is the same."""
+    inner = value
+    while inner.op in TRANSPARENT:
+        inner = inner.inputs[0]
+    if inner.op != "sub":
+        return value
+    scores, largest = inner.inputs
+    while largest.op in (*TRANSPARENT, "opaque:detach"):
+        largest = largest.inputs[0]
+    same = largest.op == "amax" and largest.attrs == ((dim,), True) and largest.inputs[0].number == scores.number
+    return scores if same else value
 
 
 @rule(aten.logsumexp)

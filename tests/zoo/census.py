@@ -1,13 +1,16 @@
 """What really ran in one forward of an unoptimised model, counted without any of our matcher: which norms, GLUs,
 attentions, rotations and losses, by the path of the innermost module that was running.
 
-Forward hooks tell which module runs. A TorchFunctionMode sees each torch function called in it and marks the results:
+A place is a position in the code, reached from the forward of one module by one chain of calls. A loop may run it again
+and again, and a module may be called several times: it stays one place. Forward hooks tell which module runs. A TorchFunctionMode sees each torch function called in it and marks the results:
 `mean square` is the mean of a square, `table` what was computed from a cosine or sine, and so on. A few marks that meet
 in one function are an event, such as rsqrt of a `mean square`. Tensors are kept until the end, so that ids stay unique.
 """
 
+import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -55,7 +58,7 @@ class Row:
 class _Watch(TorchFunctionMode):
     def __init__(self, model):
         super().__init__()
-        self.counts = {kind: Counter() for kind in KINDS}  # of (path, number of the call of its block)
+        self.places = {kind: defaultdict(dict) for kind in KINDS}  # path -> calls that lead to a place -> how many
         self.marks, self.origins, self.kept = defaultdict(set), {}, []
         self.calls, self.attended, self.number = [], set(), 0
         for buffer in [*model.buffers(), *(p for p in model.parameters() if not p.requires_grad)]:
@@ -73,20 +76,20 @@ class _Watch(TorchFunctionMode):
         return mark in self.marks.get(id(tensor), ())
 
     def event(self, kind, times=1):
-        path, block = (self.calls[-1][0], self.calls[-1][4]) if self.calls else ("", 0)
-        self.counts[kind][path, block] += times
+        if not torch.is_grad_enabled():  # what a model computes without gradients is inference
+            return
+        self.places[kind][self.calls[-1][0] if self.calls else ""][_calls()] = times
         for call in self.calls:
             call[2].add(kind)
 
     # Which module runs.
 
-    def enter(self, path, is_norm, is_block):
+    def enter(self, path, is_norm):
         self.number += 1
-        block = self.number if is_block or not self.calls else self.calls[-1][4]
-        self.calls.append((path, self.number, set(), is_norm, block))
+        self.calls.append((path, self.number, set(), is_norm))
 
     def leave(self):
-        _, _, events, is_norm, _ = self.calls[-1]
+        _, _, events, is_norm = self.calls[-1]
         if is_norm and not events & {"rms_norm", "layer_norm"}:
             self.event("other_norm")  # named a norm, and nothing inside looked like one
         self.calls.pop()
@@ -209,15 +212,10 @@ def _is_norm(module):
 
 
 def census(model, batch):
-    """One training forward: {kind: {module path: how often}} with the kinds of KINDS.
-
-    A block (a child of a ModuleList) that runs several times, as in a recurrent model, counts once: how often a place
-    ran is the most that was seen in one run of its block.
-    """
+    """One training forward: {kind: {module path: places}} with the kinds of KINDS."""
     watch, handles = _Watch(model), []
-    blocks = {child for module in model.modules() if isinstance(module, torch.nn.ModuleList) for child in module}
     for path, module in model.named_modules():
-        here = path, _is_norm(module) and not list(module.children()), module in blocks
+        here = path, _is_norm(module) and not list(module.children())
         handles.append(module.register_forward_pre_hook(lambda *_, here=here: watch.enter(*here)))
         handles.append(module.register_forward_hook(lambda *_: watch.leave(), always_call=True))
     try:
@@ -226,11 +224,23 @@ def census(model, batch):
     finally:
         for handle in handles:
             handle.remove()
-    result = {kind: Counter() for kind in KINDS}
-    for kind, counts in watch.counts.items():
-        for (path, _), times in counts.items():
-            result[kind][path] = max(times, result[kind][path])
-    return {kind: +counts for kind, counts in result.items()}
+    return {
+        kind: +Counter({path: sum(places.values()) for path, places in paths.items()})
+        for kind, paths in watch.places.items()
+    }
+
+
+def _calls():
+    """Functions and positions in their code, from the running module's forward to the torch function that was called."""
+    frame, calls = sys._getframe(3), []
+    while frame is not None and frame.f_code.co_name != "_call_impl":
+        if not frame.f_code.co_filename.startswith(_TORCH):
+            calls.append((frame.f_code, frame.f_lasti))
+        frame = frame.f_back
+    return tuple(calls)
+
+
+_TORCH = str(Path(torch.__file__).parent)
 
 
 def kind_of(pattern):

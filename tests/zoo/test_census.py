@@ -116,12 +116,12 @@ def test_it_counts_each_spelling_once(case):
     assert counted(Plain(function)) == ({kind: {"": times}} if kind else {})
 
 
-def test_it_names_the_innermost_module_and_counts_every_call():
+def test_it_names_the_innermost_module():
     inner = Plain(lambda m, x: F.silu(m.a(x)) * m.b(F.rms_norm(x, (WIDTH,))))
     model = Plain(lambda m, x: m.inner(m.inner(x)) + m.norm(x) + m.empty(x))
     model.inner, model.norm, model.empty = inner, nn.LayerNorm(WIDTH), EmptyNorm()
     expected = {
-        "rms_norm": {"inner": 2}, "layer_norm": {"norm": 1}, "other_norm": {"empty": 1}, "glu": {"inner": 2},
+        "rms_norm": {"inner": 1}, "layer_norm": {"norm": 1}, "other_norm": {"empty": 1}, "glu": {"inner": 1},
     }  # fmt: skip
     assert counted(model) == expected
 
@@ -130,6 +130,16 @@ def test_a_block_that_runs_again_is_the_same_place():
     model = Plain(lambda m, x: m.blocks[0](m.blocks[0](x)))
     model.blocks = nn.ModuleList([Plain(lambda m, x: F.rms_norm(F.rms_norm(x, (WIDTH,)), (WIDTH,)))])
     assert counted(model) == {"rms_norm": {"blocks.0": 2}}
+
+
+def test_a_loop_is_one_place():
+    model = Plain(lambda m, x: [x := F.rms_norm(x, (WIDTH,)) for _ in range(3)][-1])
+    assert counted(model) == {"rms_norm": {"": 1}}
+
+
+def test_inference_does_not_count():
+    model = Plain(lambda m, x: torch.no_grad()(F.rms_norm)(x, (WIDTH,)))
+    assert counted(model) == {}
 
 
 def test_the_model_keeps_no_hook():

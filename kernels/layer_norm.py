@@ -1,16 +1,16 @@
 """LayerNorm, alone or of a sum with the residual stream.
 
     s    = x + residual                          rounded to its dtype; s = x without a residual
-    rstd = 1 / sqrt(var + eps)                   over the last dimension, var = mean((s - mean)^2)
-    n    = (s - mean) * rstd                     optionally rounded to s's dtype
+    rstd = 1 / (sqrt(var + eps) + outside)       over the last dimension, var = mean((s - mean)^2)
+    n    = scale * (s - mean) * rstd             optionally rounded to s's dtype
     y    = n * (offset + weight) + bias
 
 Mean and variance come from the corrected two-pass algorithm in registers (Chan, Golub and LeVeque, 1983); rows wider
 than a tile combine the moments of their tiles, so no sum of squares ever cancels.
 
-Backward, with u = (s - mean) * rstd and g = dy * (offset + weight):
+Backward, with u = (s - mean) * rstd and g = scale * dy * (offset + weight):
 
-    ds += rstd * (g - mean(g) - u * mean(g * u))
+    ds += rstd * (g - mean(g) - u * mean(g * u) / (1 - outside * rstd))
     dw  = sum over rows of dy * n                partial sums per program, then one sum: no atomics, bit-equal on repeat
     db  = sum over rows of dy
 """
@@ -41,22 +41,28 @@ from .common import (
 
 
 @traceable
-def layer_norm(x, weight, bias, eps, *, offset=0.0, round_before_weight=False, out_dtype=None):
+def layer_norm(x, weight, bias, eps, *, offset=0.0, round_before_weight=False, out_dtype=None, scale=1.0, outside=0.0):
     """Layer norm over the last dimension, computed in float32 (float64 for float64 inputs).
 
     x: [..., D], any strides. weight: [D] or None (a weight of 1, and `offset` is ignored). bias: [D] or None.
-    eps, offset: Python numbers. round_before_weight: round (x - mean) * rstd to x.dtype before the weight is applied.
+    eps, offset: Python numbers. round_before_weight: round scale * (x - mean) * rstd to x.dtype before the weight.
     out_dtype: dtype of the result, default x.dtype. Returns [..., D] in the layout eager elementwise operators give.
+    scale, outside: Python numbers, outside >= 0 is added to the root. `(x - mean) / (x.std(-1) + e)` (The Annotated
+    Transformer) is eps 0, scale 1 / k, outside e / k, where k = (D / (D - 1))**0.5 makes torch.std's unbiased root of
+    the biased one. A row of equal numbers gets the gradient rstd * (g - mean(g)) there, as from torch.std; sqrt would
+    give NaN.
     Gradients: x in x.dtype, weight in weight.dtype, bias in bias.dtype. Saves x, weight and two numbers a row.
-    Raises ValueError for a weight or bias of another shape.
+    Raises ValueError for a weight or bias of another shape and a negative outside.
     """
-    _check(x, weight, bias)
-    options = (float(eps), float(offset), round_before_weight, out_dtype or x.dtype)
+    _check(x, weight, bias, outside)
+    options = (float(eps), float(offset), float(scale), float(outside), round_before_weight, out_dtype or x.dtype)
     return _LayerNorm.apply(x, None, weight, bias, *options)
 
 
 @traceable
-def add_layer_norm(x, residual, weight, bias, eps, *, offset=0.0, round_before_weight=False, out_dtype=None):
+def add_layer_norm(
+    x, residual, weight, bias, eps, *, offset=0.0, round_before_weight=False, out_dtype=None, scale=1.0, outside=0.0
+):
     """(layer_norm(s, weight, bias, ...), s) with s = x + residual, in one pass over memory each way.
 
     x, residual: [..., D], one shape, any strides. s: [..., D] in promote(x.dtype, residual.dtype), rounded to it before
@@ -66,21 +72,24 @@ def add_layer_norm(x, residual, weight, bias, eps, *, offset=0.0, round_before_w
     """
     if x.shape != residual.shape:
         raise ValueError(f"x and residual must have the same shape, not {list(x.shape)} and {list(residual.shape)}")
-    _check(x, weight, bias)
+    _check(x, weight, bias, outside)
     out_dtype = out_dtype or torch.promote_types(x.dtype, residual.dtype)
-    return _LayerNorm.apply(x, residual, weight, bias, float(eps), float(offset), round_before_weight, out_dtype)
+    options = (float(eps), float(offset), float(scale), float(outside), round_before_weight, out_dtype)
+    return _LayerNorm.apply(x, residual, weight, bias, *options)
 
 
-def _check(x, weight, bias):
+def _check(x, weight, bias, outside):
     for name, t in (("weight", weight), ("bias", bias)):
         if t is not None and t.shape != x.shape[-1:]:
             raise ValueError(f"{name} must have shape [{x.shape[-1]}], as x's last dimension, not {list(t.shape)}")
+    if outside < 0:
+        raise ValueError(f"outside must be at least 0, not {outside}")
 
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, residual, weight, bias, eps, offset, round_before_weight, out_dtype):
-        options = (eps, offset, round_before_weight, out_dtype)
+    def forward(ctx, x, residual, weight, bias, eps, offset, scale, outside, round_before_weight, out_dtype):
+        options = (eps, offset, scale, outside, round_before_weight, out_dtype)
         if residual is None:
             s = x
             out, mean, rstd = _forward_op(x, weight, bias, *options)
@@ -89,7 +98,7 @@ class _LayerNorm(torch.autograd.Function):
             out = (y, s)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(s, weight, mean, rstd)
-        ctx.options = (offset, round_before_weight)
+        ctx.options = (offset, scale, outside, round_before_weight)
         ctx.dtypes = [t if t is None else t.dtype for t in (x, residual, bias)]
         return out
 
@@ -107,7 +116,7 @@ class _LayerNorm(torch.autograd.Function):
             )  # fmt: skip
             ds, dw, db = total if any(need) else None, dw if need_dw else None, db if need_db else None
         dx, dr = (ds.to(dtype) if n and ds is not None else None for n, dtype in zip(need, dtypes, strict=True))
-        return dx, dr, dw, db, None, None, None, None
+        return dx, dr, dw, db, None, None, None, None, None, None
 
 
 def _forward(x, weight, bias, *options):
@@ -120,9 +129,9 @@ def _forward_fake(x, weight, bias, *options):
     return y, mean, rstd
 
 
-def _add_forward(x, residual, weight, bias, eps, offset, round_before_weight, out_dtype):
+def _add_forward(x, residual, weight, bias, eps, offset, scale, outside, round_before_weight, out_dtype):
     """(y, s, mean, rstd): s is x itself without a residual."""
-    options = (eps, offset, round_before_weight, out_dtype)
+    options = (eps, offset, scale, outside, round_before_weight, out_dtype)
     if use_triton(x):
         return _forward_triton(x, residual, weight, bias, *options)
     with no_autocast(x):
@@ -133,10 +142,9 @@ def _add_forward(x, residual, weight, bias, eps, offset, round_before_weight, ou
         h = s.to(compute)
         mean = h.mean(-1)
         d = h - mean.unsqueeze(-1)
-        rstd = torch.rsqrt(d.square().mean(-1) + eps)
-        y = d * rstd.unsqueeze(-1)
-        if round_before_weight:
-            y = y.to(s.dtype).to(compute)
+        square = d.square().mean(-1) + eps
+        rstd = 1 / (square.sqrt() + outside) if outside else torch.rsqrt(square)
+        y = _finished(d * rstd.unsqueeze(-1), s.dtype, scale, round_before_weight)
         if weight is not None:
             y = y * (offset + weight.to(compute))
         if bias is not None:
@@ -144,15 +152,21 @@ def _add_forward(x, residual, weight, bias, eps, offset, round_before_weight, ou
         return y_out.copy_(y), s, mean_out.copy_(mean), rstd_out.copy_(rstd)
 
 
-def _add_forward_fake(x, residual, weight, bias, eps, offset, round_before_weight, out_dtype):
+def _finished(u, dtype, scale, round_before_weight):
+    """n of u = (s - mean) * rstd."""
+    n = u if scale == 1.0 else u * scale
+    return n.to(dtype).to(u.dtype) if round_before_weight else n
+
+
+def _add_forward_fake(x, residual, weight, bias, eps, offset, scale, outside, round_before_weight, out_dtype):
     compute = compute_dtype(x, residual, weight, bias)
     s = x if residual is None else empty_sum(x, residual)
     mean, rstd = (torch.empty_like(s.select(-1, 0), dtype=compute) for _ in range(2))
     return torch.empty_like(s, dtype=out_dtype), s, mean, rstd
 
 
-def _backward(dy, ds, x, weight, mean, rstd, offset, round_before_weight, need_dx, need_dw, bias_dtype):
-    options = (offset, round_before_weight, need_dx, need_dw, bias_dtype)
+def _backward(dy, ds, x, weight, mean, rstd, offset, scale, outside, round_before_weight, need_dx, need_dw, bias_dtype):
+    options = (offset, scale, outside, round_before_weight, need_dx, need_dw, bias_dtype)
     if use_triton(x):
         return _backward_triton(dy, ds, x, weight, mean, rstd, *options)
     with no_autocast(x):
@@ -161,18 +175,25 @@ def _backward(dy, ds, x, weight, mean, rstd, offset, round_before_weight, need_d
         g, r = dy.to(compute), rstd.unsqueeze(-1)
         u = (x.to(compute) - mean.unsqueeze(-1)) * r
         if need_dw:
-            n = u.to(x.dtype).to(compute) if round_before_weight else u
+            n = _finished(u, x.dtype, scale, round_before_weight)
             dw.copy_((g * n).reshape(-1, x.shape[-1]).sum(0))
         if bias_dtype is not None:
             db.copy_(g.reshape(-1, x.shape[-1]).sum(0))
         if need_dx:
             g = g if weight is None else g * (offset + weight.to(compute))
-            d = r * (g - g.mean(-1, keepdim=True) - u * (g * u).mean(-1, keepdim=True))
+            g = g if scale == 1.0 else g * scale
+            mean_gu = (g * u).mean(-1, keepdim=True)
+            if outside:
+                share = 1 - outside * r  # as _root_share
+                mean_gu = mean_gu / torch.where(share > 0, share, 1)
+            d = r * (g - g.mean(-1, keepdim=True) - u * mean_gu)
             dx.copy_(d if ds is None else d + ds)
         return dx, dw, db
 
 
-def _backward_fake(dy, ds, x, weight, mean, rstd, offset, round_before_weight, need_dx, need_dw, bias_dtype):
+def _backward_fake(
+    dy, ds, x, weight, mean, rstd, offset, scale, outside, round_before_weight, need_dx, need_dw, bias_dtype
+):
     dx = torch.empty_like(x) if need_dx else x.new_empty(0)
     dw = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_dw else x.new_empty(0)
     db = x.new_empty(0) if bias_dtype is None else x.new_empty(x.shape[-1:], dtype=bias_dtype)
@@ -182,6 +203,33 @@ def _backward_fake(dy, ds, x, weight, mean, rstd, offset, round_before_weight, n
 @jit
 def _load_weight(W, column, width, OFFSET: tl.constexpr, ACC: tl.constexpr):
     return OFFSET + tl.load(W + column, mask=column < width, other=0.0).to(ACC)
+
+
+@jit
+def _finish(u, S, SCALE: tl.constexpr, ROUND: tl.constexpr, ACC: tl.constexpr):
+    """n of u = (s - mean) * rstd."""
+    if SCALE != 1.0:
+        u = u * SCALE
+    if ROUND:
+        u = u.to(S.dtype.element_ty).to(ACC)
+    return u
+
+
+@jit
+def _weighted(g, W, column, width, OFFSET: tl.constexpr, SCALE: tl.constexpr, WEIGHT: tl.constexpr, ACC: tl.constexpr):
+    """scale * g * (offset + weight) of one row."""
+    if WEIGHT:
+        g = g * _load_weight(W, column, width, OFFSET, ACC)
+    if SCALE != 1.0:
+        g = g * SCALE
+    return g
+
+
+@jit
+def _root_share(rstd, OUTSIDE: tl.constexpr):
+    """1 - outside * rstd, the root's part of 1 / rstd; 1 where rounding leaves none of it: u is as small there."""
+    share = 1 - OUTSIDE * rstd
+    return tl.where(share > 0, share, 1.0)
 
 
 @jit
@@ -196,8 +244,9 @@ def _moments(x, inside, count):
 @jit
 def _forward_kernel(
     X, R, S, W, B, Y, MEAN, RSTD, count, width, x_inner, x_outer, x_step, r_inner, r_outer, r_step,
-    EPS: tl.constexpr, OFFSET: tl.constexpr, RESIDUAL: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
-    ROUND: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SINGLE: tl.constexpr,
+    EPS: tl.constexpr, OFFSET: tl.constexpr, SCALE: tl.constexpr, OUTSIDE: tl.constexpr,
+    RESIDUAL: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, ROUND: tl.constexpr, ACC: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
     """A tile of ROWS rows; SINGLE: COLUMNS covers the row and x is read once, else in two passes.
 
@@ -229,7 +278,10 @@ def _forward_kernel(
             share = size.to(ACC) / (start + size)
             mean += delta * share
             square += tile_square + delta * delta * (start * share)
-    rstd = tl.rsqrt(square / width + EPS)
+    if OUTSIDE > 0:
+        rstd = 1 / (tl.sqrt(square / width + EPS) + OUTSIDE)
+    else:
+        rstd = tl.rsqrt(square / width + EPS)
     tl.store(MEAN + row, mean, mask=row < count)
     tl.store(RSTD + row, rstd, mask=row < count)
     for start in range(0, COLUMNS if SINGLE else width, COLUMNS):
@@ -238,9 +290,7 @@ def _forward_kernel(
         mask = live & (c < width)[None, :]
         if not SINGLE:
             x = load_sum(x_row + at, r_row + at, S, mask, RESIDUAL, ACC)
-        y = (x - mean[:, None]) * rstd[:, None]
-        if ROUND:
-            y = y.to(S.dtype.element_ty).to(ACC)
+        y = _finish((x - mean[:, None]) * rstd[:, None], S, SCALE, ROUND, ACC)
         if WEIGHT:
             y = y * _load_weight(W, c, width, OFFSET, ACC)[None, :]
         if BIAS:
@@ -252,7 +302,8 @@ def _forward_kernel(
 def _backward_kernel(
     DY, DS, X, W, MEAN, RSTD, DX, PARTIAL_W, PARTIAL_B, count, width,
     y_inner, y_outer, y_step, s_inner, s_outer, s_step, x_inner, x_outer, x_step,
-    OFFSET: tl.constexpr, ADD: tl.constexpr, WEIGHT: tl.constexpr, ROUND: tl.constexpr,
+    OFFSET: tl.constexpr, SCALE: tl.constexpr, OUTSIDE: tl.constexpr, ADD: tl.constexpr,
+    WEIGHT: tl.constexpr, ROUND: tl.constexpr,
     NEED_DX: tl.constexpr, NEED_DW: tl.constexpr, NEED_DB: tl.constexpr,
     ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -279,16 +330,18 @@ def _backward_kernel(
         rstd = tl.load(RSTD + row, mask=row < count, other=0.0)[:, None]
         u = (x - mean) * rstd  # not 0 outside, but g is
         if NEED_DW:
-            if ROUND:
-                total_w += g * u.to(X.dtype.element_ty).to(ACC)
-            else:
-                total_w += g * u
+            total_w += g * _finish(u, X, SCALE, ROUND, ACC)
         if NEED_DB:
             total_b += g
         if NEED_DX:
             if WEIGHT:
                 g = g * w
-            dx = rstd * (g - (tl.sum(g, 1) / width)[:, None] - u * (tl.sum(g * u, 1) / width)[:, None])
+            if SCALE != 1.0:
+                g = g * SCALE
+            mean_gu = (tl.sum(g * u, 1) / width)[:, None]
+            if OUTSIDE > 0:
+                mean_gu = mean_gu / _root_share(rstd, OUTSIDE)
+            dx = rstd * (g - (tl.sum(g, 1) / width)[:, None] - u * mean_gu)
             if ADD:
                 s_at = DS + row_start(row, s_inner, s_outer, s_step)[:, None] + column[None, :]
                 dx += tl.load(s_at, mask=mask, other=0.0).to(ACC)
@@ -303,7 +356,8 @@ def _backward_kernel(
 def _backward_wide_kernel(
     DY, DS, X, W, MEAN, RSTD, DX, count, width,
     y_inner, y_outer, y_step, s_inner, s_outer, s_step, x_inner, x_outer, x_step,
-    OFFSET: tl.constexpr, ADD: tl.constexpr, WEIGHT: tl.constexpr, ACC: tl.constexpr, COLUMNS: tl.constexpr,
+    OFFSET: tl.constexpr, SCALE: tl.constexpr, OUTSIDE: tl.constexpr, ADD: tl.constexpr,
+    WEIGHT: tl.constexpr, ACC: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """dx of one row that is wider than a tile, in two passes; ADD as in _backward_kernel."""
     row = tl.program_id(0)
@@ -318,17 +372,17 @@ def _backward_wide_kernel(
     for start in range(0, width, COLUMNS):
         c = start + column
         g = tl.load(y_row + c, mask=c < width, other=0.0).to(ACC)
-        if WEIGHT:
-            g = g * _load_weight(W, c, width, OFFSET, ACC)
+        g = _weighted(g, W, c, width, OFFSET, SCALE, WEIGHT, ACC)
         total += g
         product += g * (tl.load(x_row + c, mask=c < width, other=0.0).to(ACC) - mean)
     mean_g = tl.sum(total, 0) / width
     mean_gu = tl.sum(product, 0) * rstd / width
+    if OUTSIDE > 0:
+        mean_gu = mean_gu / _root_share(rstd, OUTSIDE)
     for start in range(0, width, COLUMNS):
         c = start + column
         g = tl.load(y_row + c, mask=c < width, other=0.0).to(ACC)
-        if WEIGHT:
-            g = g * _load_weight(W, c, width, OFFSET, ACC)
+        g = _weighted(g, W, c, width, OFFSET, SCALE, WEIGHT, ACC)
         u = (tl.load(x_row + c, mask=c < width, other=0.0).to(ACC) - mean) * rstd
         dx = rstd * (g - mean_g - u * mean_gu)
         if ADD:
@@ -339,7 +393,8 @@ def _backward_wide_kernel(
 @jit
 def _weight_wide_kernel(
     DY, X, MEAN, RSTD, PARTIAL_W, PARTIAL_B, count, width, y_inner, y_outer, y_step, x_inner, x_outer, x_step,
-    ROUND: tl.constexpr, NEED_DW: tl.constexpr, NEED_DB: tl.constexpr, ACC: tl.constexpr, COLUMNS: tl.constexpr,
+    SCALE: tl.constexpr, ROUND: tl.constexpr, NEED_DW: tl.constexpr, NEED_DB: tl.constexpr,
+    ACC: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """dw and db of COLUMNS columns (program axis 1) over every num_programs(0)-th row."""
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -351,18 +406,17 @@ def _weight_wide_kernel(
         if NEED_DW:
             x = tl.load(X + row_start(row, x_inner, x_outer, x_step) + column, mask=column < width, other=0.0).to(ACC)
             u = (x - tl.load(MEAN + row)) * tl.load(RSTD + row)
-            if ROUND:
-                u = u.to(X.dtype.element_ty).to(ACC)
-            total_w += g * u
+            total_w += g * _finish(u, X, SCALE, ROUND, ACC)
     if NEED_DW:
         tl.store(PARTIAL_W + tl.program_id(0) * width + column, total_w, mask=column < width)
     if NEED_DB:
         tl.store(PARTIAL_B + tl.program_id(0) * width + column, total_b, mask=column < width)
 
 
-def _forward_triton(x, residual, weight, bias, eps, offset, round_before_weight, out_dtype):
+def _forward_triton(x, residual, weight, bias, eps, offset, scale, outside, round_before_weight, out_dtype):
+    options = (eps, offset, scale, outside, round_before_weight, out_dtype)
     width, compute = x.shape[-1], compute_dtype(x, residual, weight, bias)
-    y, s, mean, rstd = _add_forward_fake(x, residual, weight, bias, eps, offset, round_before_weight, out_dtype)
+    y, s, mean, rstd = _add_forward_fake(x, residual, weight, bias, *options)
     if x.numel() == 0:
         return y, s, mean.zero_(), rstd.zero_()
     order = memory_order(s)
@@ -380,16 +434,18 @@ def _forward_triton(x, residual, weight, bias, eps, offset, round_before_weight,
     with on_device(x):
         _forward_kernel[(ceil_div(count, ROWS),)](
             x_rows, r_rows, s_rows, weight, bias, y.rows, mean.rows, rstd.rows, count, width, *x_layout, *r_layout,
-            EPS=eps, OFFSET=offset, RESIDUAL=residual is not None, WEIGHT=weight is not None, BIAS=bias is not None,
-            ROUND=round_before_weight, ACC=triton_dtype(compute),
+            EPS=eps, OFFSET=offset, SCALE=scale, OUTSIDE=outside, RESIDUAL=residual is not None,
+            WEIGHT=weight is not None, BIAS=bias is not None, ROUND=round_before_weight, ACC=triton_dtype(compute),
             ROWS=ROWS, COLUMNS=COLUMNS, SINGLE=width <= COLUMNS, num_warps=warps,
         )  # fmt: skip
     return y.finish(), s if residual is None else s_out.finish(), mean.finish(), rstd.finish()
 
 
-def _backward_triton(dy, ds, x, weight, mean, rstd, offset, round_before_weight, need_dx, need_dw, bias_dtype):
+def _backward_triton(
+    dy, ds, x, weight, mean, rstd, offset, scale, outside, round_before_weight, need_dx, need_dw, bias_dtype
+):
     order, width, need_db = memory_order(x), x.shape[-1], bias_dtype is not None
-    options = (offset, round_before_weight, need_dx, need_dw, bias_dtype)
+    options = (offset, scale, outside, round_before_weight, need_dx, need_dw, bias_dtype)
     dx, dw, db = _backward_fake(dy, ds, x, weight, mean, rstd, *options)
     if x.numel() == 0:
         return dx, dw.zero_(), db.zero_()
@@ -407,8 +463,8 @@ def _backward_triton(dy, ds, x, weight, mean, rstd, offset, round_before_weight,
         programs = min(programs, processors(x) * max(2, 16 // warps))
         partial = rstd.new_empty(need_dw + need_db, programs, width)
         partial_w, partial_b = partial[0] if need_dw else None, partial[-1] if need_db else None
-    flags = dict(ACC=triton_dtype(rstd.dtype), COLUMNS=COLUMNS, num_warps=warps)
-    scaled = dict(OFFSET=offset, WEIGHT=weight is not None, ADD=ds is not None)
+    flags = dict(SCALE=scale, ACC=triton_dtype(rstd.dtype), COLUMNS=COLUMNS, num_warps=warps)
+    scaled = dict(OFFSET=offset, OUTSIDE=outside, WEIGHT=weight is not None, ADD=ds is not None)
     sums = dict(ROUND=round_before_weight, NEED_DW=need_dw, NEED_DB=need_db)
     sizes = (count, width, *dy_layout, *s_layout, *x_layout)
     with on_device(x):
@@ -432,7 +488,7 @@ def _backward_triton(dy, ds, x, weight, mean, rstd, offset, round_before_weight,
     return dx.finish(), dw, db
 
 
-_OPTIONS = "float eps, float offset, bool round_before_weight, ScalarType out_dtype"
+_OPTIONS = "float eps, float offset, float scale, float outside, bool round_before_weight, ScalarType out_dtype"
 _forward_op = register(
     f"layer_norm_forward(Tensor x, Tensor? weight, Tensor? bias, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     _forward,
@@ -446,7 +502,8 @@ _add_forward_op = register(
 )
 _backward_op = register(
     "layer_norm_backward(Tensor dy, Tensor? ds, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, float offset, "
-    "bool round_before_weight, bool need_dx, bool need_dw, ScalarType? bias_dtype) -> (Tensor, Tensor, Tensor)",
+    "float scale, float outside, bool round_before_weight, bool need_dx, bool need_dw, ScalarType? bias_dtype) "
+    "-> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )

@@ -1,13 +1,13 @@
 """RMSNorm, alone or of a sum with the residual stream.
 
     s    = x + residual                          rounded to its dtype; s = x without a residual
-    rstd = 1 / max(sqrt(mean(s^2) + eps), floor) over the last dimension
+    rstd = 1 / max(sqrt(mean(s^2) + eps) + outside, floor) over the last dimension
     n    = scale * s * rstd                      optionally rounded to s's dtype
     y    = n * (offset + weight)
 
 Backward, with u = s * rstd and g = scale * dy * (offset + weight):
 
-    ds += rstd * (g - u * mean(g * u))           without the second term where the floor holds
+    ds += rstd * (g - u * mean(g * u) / (1 - outside * rstd)) without the second term where the floor holds
     dw  = sum over rows of dy * n                partial sums per program, then one sum: no atomics, bit-equal on repeat
 """
 
@@ -37,7 +37,9 @@ from .common import (
 
 
 @traceable
-def rms_norm(x, weight, eps, *, offset=0.0, round_before_weight=False, out_dtype=None, scale=1.0, floor=0.0):
+def rms_norm(
+    x, weight, eps, *, offset=0.0, round_before_weight=False, out_dtype=None, scale=1.0, floor=0.0, outside=0.0
+):
     """Root-mean-square norm over the last dimension, computed in float32 (float64 for float64 inputs).
 
     x: [..., D], any strides. weight: [D] or None (a weight of 1, and `offset` is ignored). eps, offset: Python numbers.
@@ -45,18 +47,21 @@ def rms_norm(x, weight, eps, *, offset=0.0, round_before_weight=False, out_dtype
     out_dtype: dtype of the result, default x.dtype. Returns [..., D] in the layout eager elementwise operators give.
     scale, floor: Python numbers, floor >= 0. `x / max(||x||, e)` (torch.nn.functional.normalize) is eps 0, scale
     D**-0.5, floor e * D**-0.5. A row below the floor is only multiplied: no gradient passes through its norm.
+    outside: Python number >= 0, added to the root. `x / (rms(x) + e)` (Zhang and Sennrich's own code, 2019) is eps 0,
+    outside e. A row of zeros gets the gradient rstd * g there, as from torch.linalg.vector_norm; sqrt would give NaN.
     Gradients: x in x.dtype, weight in weight.dtype. Saves x, weight and one number a row.
-    Raises ValueError for a weight of another shape and a negative floor.
+    Raises ValueError for a weight of another shape, a negative floor or outside, and where neither of the two is 0.
     """
-    _check(x, weight, floor)
-    options = (float(eps), float(offset), float(scale), float(floor), round_before_weight, out_dtype or x.dtype)
-    return _RMSNorm.apply(x, None, weight, *options)
+    _check(x, weight, floor, outside)
+    options = (float(eps), float(offset), float(scale), float(floor), float(outside), round_before_weight)
+    return _RMSNorm.apply(x, None, weight, *options, out_dtype or x.dtype)
 
 
 @traceable
 def add_rms_norm(
-    x, residual, weight, eps, *, offset=0.0, round_before_weight=False, out_dtype=None, scale=1.0, floor=0.0
-):
+    x, residual, weight, eps, *,
+    offset=0.0, round_before_weight=False, out_dtype=None, scale=1.0, floor=0.0, outside=0.0,
+):  # fmt: skip
     """(rms_norm(s, weight, ...), s) with s = x + residual, in one pass over memory each way.
 
     x, residual: [..., D], one shape, any strides. s: [..., D] in promote(x.dtype, residual.dtype), rounded to it before
@@ -66,23 +71,27 @@ def add_rms_norm(
     """
     if x.shape != residual.shape:
         raise ValueError(f"x and residual must have the same shape, not {list(x.shape)} and {list(residual.shape)}")
-    _check(x, weight, floor)
+    _check(x, weight, floor, outside)
     out_dtype = out_dtype or torch.promote_types(x.dtype, residual.dtype)
-    options = (float(eps), float(offset), float(scale), float(floor), round_before_weight, out_dtype)
-    return _RMSNorm.apply(x, residual, weight, *options)
+    options = (float(eps), float(offset), float(scale), float(floor), float(outside), round_before_weight)
+    return _RMSNorm.apply(x, residual, weight, *options, out_dtype)
 
 
-def _check(x, weight, floor):
+def _check(x, weight, floor, outside):
     if weight is not None and weight.shape != x.shape[-1:]:
         raise ValueError(f"weight must have shape [{x.shape[-1]}], as x's last dimension, not {list(weight.shape)}")
     if floor < 0:
         raise ValueError(f"floor must be at least 0, not {floor}")
+    if outside < 0:
+        raise ValueError(f"outside must be at least 0, not {outside}")
+    if floor and outside:
+        raise ValueError(f"one of floor and outside must be 0, not {floor} and {outside}")
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, residual, weight, eps, offset, scale, floor, round_before_weight, out_dtype):
-        options = (eps, offset, scale, floor, round_before_weight, out_dtype)
+    def forward(ctx, x, residual, weight, eps, offset, scale, floor, outside, round_before_weight, out_dtype):
+        options = (eps, offset, scale, floor, outside, round_before_weight, out_dtype)
         if residual is None:
             s = x
             out, rstd = _forward_op(x, weight, *options)
@@ -91,7 +100,7 @@ class _RMSNorm(torch.autograd.Function):
             out = (y, s)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(s, weight, rstd)
-        ctx.options = (offset, scale, floor, round_before_weight)
+        ctx.options = (offset, scale, floor, outside, round_before_weight)
         ctx.dtypes = [t if t is None else t.dtype for t in (x, residual)]
         return out
 
@@ -105,7 +114,7 @@ class _RMSNorm(torch.autograd.Function):
             total, dw = _backward_op(dy, ds, s, weight, rstd, *ctx.options, any(need), need_dw)
             ds, dw = total if any(need) else None, dw if need_dw else None
         dx, dr = (ds.to(dtype) if n and ds is not None else None for n, dtype in zip(need, ctx.dtypes, strict=True))
-        return dx, dr, dw, None, None, None, None, None, None
+        return dx, dr, dw, None, None, None, None, None, None, None
 
 
 def _forward(x, weight, *options):
@@ -118,9 +127,9 @@ def _forward_fake(x, weight, *options):
     return y, rstd
 
 
-def _add_forward(x, residual, weight, eps, offset, scale, floor, round_before_weight, out_dtype):
+def _add_forward(x, residual, weight, eps, offset, scale, floor, outside, round_before_weight, out_dtype):
     """(y, s, rstd): s is x itself without a residual; rstd is negative where the floor holds."""
-    options = (eps, offset, scale, floor, round_before_weight, out_dtype)
+    options = (eps, offset, scale, floor, outside, round_before_weight, out_dtype)
     if use_triton(x):
         return _forward_triton(x, residual, weight, *options)
     with no_autocast(x):
@@ -129,7 +138,8 @@ def _add_forward(x, residual, weight, eps, offset, scale, floor, round_before_we
         if residual is not None:
             s.copy_(x + residual)
         h = s.to(compute)
-        rstd = torch.rsqrt(h.square().mean(-1) + eps)
+        square = h.square().mean(-1) + eps
+        rstd = 1 / (square.sqrt() + outside) if outside else torch.rsqrt(square)
         if floor:
             rstd = torch.where(rstd > 1 / floor, -1 / floor, rstd)
         n = _finished(h * rstd.abs().unsqueeze(-1), s.dtype, scale, round_before_weight)
@@ -143,14 +153,14 @@ def _finished(u, dtype, scale, round_before_weight):
     return n.to(dtype).to(u.dtype) if round_before_weight else n
 
 
-def _add_forward_fake(x, residual, weight, eps, offset, scale, floor, round_before_weight, out_dtype):
+def _add_forward_fake(x, residual, weight, eps, offset, scale, floor, outside, round_before_weight, out_dtype):
     compute = compute_dtype(x, residual, weight)
     s = x if residual is None else empty_sum(x, residual)
     return torch.empty_like(s, dtype=out_dtype), s, torch.empty_like(s.select(-1, 0), dtype=compute)
 
 
-def _backward(dy, ds, x, weight, rstd, offset, scale, floor, round_before_weight, need_dx, need_dw):
-    options = (offset, scale, floor, round_before_weight, need_dx, need_dw)
+def _backward(dy, ds, x, weight, rstd, offset, scale, floor, outside, round_before_weight, need_dx, need_dw):
+    options = (offset, scale, floor, outside, round_before_weight, need_dx, need_dw)
     if use_triton(x):
         return _backward_triton(dy, ds, x, weight, rstd, *options)
     with no_autocast(x):
@@ -167,12 +177,15 @@ def _backward(dy, ds, x, weight, rstd, offset, scale, floor, round_before_weight
             mean = (g * u).mean(-1, keepdim=True)
             if floor:
                 mean = torch.where(rstd.unsqueeze(-1) > 0, mean, 0)
+            if outside:
+                share = 1 - outside * r  # as _root_share
+                mean = mean / torch.where(share > 0, share, 1)
             d = r * (g - u * mean)
             dx.copy_(d if ds is None else d + ds)
         return dx, dw
 
 
-def _backward_fake(dy, ds, x, weight, rstd, offset, scale, floor, round_before_weight, need_dx, need_dw):
+def _backward_fake(dy, ds, x, weight, rstd, offset, scale, floor, outside, round_before_weight, need_dx, need_dw):
     dx = torch.empty_like(x) if need_dx else x.new_empty(0)
     dw = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_dw else x.new_empty(0)
     return dx, dw
@@ -204,10 +217,17 @@ def _weighted(g, W, column, width, OFFSET: tl.constexpr, SCALE: tl.constexpr, WE
 
 
 @jit
+def _root_share(rstd, OUTSIDE: tl.constexpr):
+    """1 - outside * rstd, the root's part of 1 / rstd; 1 where rounding leaves none of it: u is as small there."""
+    share = 1 - OUTSIDE * rstd
+    return tl.where(share > 0, share, 1.0)
+
+
+@jit
 def _forward_kernel(
     X, R, S, W, Y, RSTD, count, width, x_inner, x_outer, x_step, r_inner, r_outer, r_step,
-    EPS: tl.constexpr, OFFSET: tl.constexpr, SCALE: tl.constexpr, FLOOR: tl.constexpr, RESIDUAL: tl.constexpr,
-    WEIGHT: tl.constexpr, ROUND: tl.constexpr, ACC: tl.constexpr,
+    EPS: tl.constexpr, OFFSET: tl.constexpr, SCALE: tl.constexpr, FLOOR: tl.constexpr, OUTSIDE: tl.constexpr,
+    RESIDUAL: tl.constexpr, WEIGHT: tl.constexpr, ROUND: tl.constexpr, ACC: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
     """A tile of ROWS rows; SINGLE: COLUMNS covers the row and x is read once, else in two passes.
@@ -235,7 +255,10 @@ def _forward_kernel(
             square += tl.sum(x * x, 1)
             if RESIDUAL:
                 tl.store(s_row + at, x, mask=mask)
-    rstd = tl.rsqrt(square / width + EPS)
+    if OUTSIDE > 0:
+        rstd = 1 / (tl.sqrt(square / width + EPS) + OUTSIDE)
+    else:
+        rstd = tl.rsqrt(square / width + EPS)
     if FLOOR > 0:
         rstd = tl.where(rstd > 1 / FLOOR, -1 / FLOOR, rstd)
     tl.store(RSTD + row, rstd, mask=row < count)
@@ -257,7 +280,7 @@ def _forward_kernel(
 def _backward_kernel(
     DY, DS, X, W, RSTD, DX, PARTIAL, count, width,
     y_inner, y_outer, y_step, s_inner, s_outer, s_step, x_inner, x_outer, x_step,
-    OFFSET: tl.constexpr, SCALE: tl.constexpr, FLOOR: tl.constexpr, ADD: tl.constexpr,
+    OFFSET: tl.constexpr, SCALE: tl.constexpr, FLOOR: tl.constexpr, OUTSIDE: tl.constexpr, ADD: tl.constexpr,
     WEIGHT: tl.constexpr, ROUND: tl.constexpr, NEED_DX: tl.constexpr, NEED_DW: tl.constexpr,
     ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -293,6 +316,8 @@ def _backward_kernel(
             mean = (tl.sum(g * u, 1) / width)[:, None]
             if FLOOR:
                 mean = tl.where(free, mean, 0.0)
+            if OUTSIDE > 0:
+                mean = mean / _root_share(rstd, OUTSIDE)
             dx = rstd * (g - u * mean)
             if ADD:
                 s_at = DS + row_start(row, s_inner, s_outer, s_step)[:, None] + column[None, :]
@@ -306,7 +331,7 @@ def _backward_kernel(
 def _backward_wide_kernel(
     DY, DS, X, W, RSTD, DX, count, width,
     y_inner, y_outer, y_step, s_inner, s_outer, s_step, x_inner, x_outer, x_step,
-    OFFSET: tl.constexpr, SCALE: tl.constexpr, FLOOR: tl.constexpr, ADD: tl.constexpr,
+    OFFSET: tl.constexpr, SCALE: tl.constexpr, FLOOR: tl.constexpr, OUTSIDE: tl.constexpr, ADD: tl.constexpr,
     WEIGHT: tl.constexpr, ACC: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """dx of one row that is wider than a tile, in two passes; ADD and FLOOR as in _backward_kernel."""
@@ -328,6 +353,8 @@ def _backward_wide_kernel(
     mean = tl.sum(product, 0) * rstd / width
     if FLOOR:
         mean = tl.where(free, mean, 0.0)
+    if OUTSIDE > 0:
+        mean = mean / _root_share(rstd, OUTSIDE)
     for start in range(0, width, COLUMNS):
         c = start + column
         g = tl.load(y_row + c, mask=c < width, other=0.0).to(ACC)
@@ -357,9 +384,10 @@ def _weight_wide_kernel(
     tl.store(PARTIAL + tl.program_id(0) * width + column, total, mask=column < width)
 
 
-def _forward_triton(x, residual, weight, eps, offset, scale, floor, round_before_weight, out_dtype):
+def _forward_triton(x, residual, weight, eps, offset, scale, floor, outside, round_before_weight, out_dtype):
+    options = (eps, offset, scale, floor, outside, round_before_weight, out_dtype)
     width, compute = x.shape[-1], compute_dtype(x, residual, weight)
-    y, s, rstd = _add_forward_fake(x, residual, weight, eps, offset, scale, floor, round_before_weight, out_dtype)
+    y, s, rstd = _add_forward_fake(x, residual, weight, *options)
     if x.numel() == 0:
         return y, s, rstd.zero_()
     order = memory_order(s)
@@ -377,16 +405,16 @@ def _forward_triton(x, residual, weight, eps, offset, scale, floor, round_before
     with on_device(x):
         _forward_kernel[(ceil_div(count, ROWS),)](
             x_rows, r_rows, s_rows, weight, y.rows, rstd.rows, count, width, *x_layout, *r_layout,
-            EPS=eps, OFFSET=offset, SCALE=scale, FLOOR=floor, RESIDUAL=residual is not None, WEIGHT=weight is not None,
-            ROUND=round_before_weight, ACC=triton_dtype(compute),
+            EPS=eps, OFFSET=offset, SCALE=scale, FLOOR=floor, OUTSIDE=outside, RESIDUAL=residual is not None,
+            WEIGHT=weight is not None, ROUND=round_before_weight, ACC=triton_dtype(compute),
             ROWS=ROWS, COLUMNS=COLUMNS, SINGLE=width <= COLUMNS, num_warps=warps,
         )  # fmt: skip
     return y.finish(), s if residual is None else s_out.finish(), rstd.finish()
 
 
-def _backward_triton(dy, ds, x, weight, rstd, offset, scale, floor, round_before_weight, need_dx, need_dw):
+def _backward_triton(dy, ds, x, weight, rstd, offset, scale, floor, outside, round_before_weight, need_dx, need_dw):
     order, width, compute = memory_order(x), x.shape[-1], compute_dtype(x, weight)
-    options = (offset, scale, floor, round_before_weight, need_dx, need_dw)
+    options = (offset, scale, floor, outside, round_before_weight, need_dx, need_dw)
     dx, dw = _backward_fake(dy, ds, x, weight, rstd, *options)
     if x.numel() == 0:
         return dx, dw.zero_()
@@ -403,7 +431,7 @@ def _backward_triton(dy, ds, x, weight, rstd, offset, scale, floor, round_before
         programs = min(programs, processors(x) * max(2, 16 // warps))
         partial = x.new_empty(programs, width, dtype=compute)
     flags = dict(SCALE=scale, FLOOR=floor > 0, ACC=triton_dtype(compute), COLUMNS=COLUMNS, num_warps=warps)
-    scaled = dict(OFFSET=offset, WEIGHT=weight is not None, ADD=ds is not None)
+    scaled = dict(OFFSET=offset, OUTSIDE=outside, WEIGHT=weight is not None, ADD=ds is not None)
     sizes = (count, width, *dy_layout, *s_layout, *x_layout)
     with on_device(x):
         if width <= COLUMNS:
@@ -420,7 +448,9 @@ def _backward_triton(dy, ds, x, weight, rstd, offset, scale, floor, round_before
     return dx.finish(), partial.sum(0).to(weight.dtype) if need_dw else dw
 
 
-_OPTIONS = "float eps, float offset, float scale, float floor, bool round_before_weight, ScalarType out_dtype"
+_OPTIONS = (
+    "float eps, float offset, float scale, float floor, float outside, bool round_before_weight, ScalarType out_dtype"
+)
 _forward_op = register(
     f"rms_norm_forward(Tensor x, Tensor? weight, {_OPTIONS}) -> (Tensor, Tensor)",
     _forward,
@@ -433,7 +463,7 @@ _add_forward_op = register(
 )
 _backward_op = register(
     "rms_norm_backward(Tensor dy, Tensor? ds, Tensor x, Tensor? weight, Tensor rstd, float offset, float scale, "
-    "float floor, bool round_before_weight, bool need_dx, bool need_dw) -> (Tensor, Tensor)",
+    "float floor, float outside, bool round_before_weight, bool need_dx, bool need_dw) -> (Tensor, Tensor)",
     _backward,
     _backward_fake,
 )

@@ -1,7 +1,7 @@
 """Scaled dot-product attention as models write it: `softmax(steps(q k^T)) v`, with the steps as data.
 
-A call of PyTorch's scaled_dot_product_attention where that can say it. Soft caps, sinks and dropout are those of
-attention.py. Not a kernel itself: it puts the steps together, and what it calls is differentiable.
+A call of PyTorch's scaled_dot_product_attention where that can say it, else of our own kernel (attention.py). Not a
+kernel itself: it puts the steps together, and what it calls is differentiable.
 """
 
 import torch
@@ -9,83 +9,112 @@ from torch.nn import functional as F
 
 from . import attention as family
 
+MASKS = ("add", "subtract", "keep", "drop")
+
 
 def attention(
     q, k, v, *tensors, steps=(), scale=1.0, is_causal=False, enable_gqa=False, transposed=False, heads=None,
     softcap=None, sink=False, dropout=0.0, drop_dtype=None, contiguous=True, out_dtype=None,
 ):  # fmt: skip
-    """Attention of q [..., Tq, D], k [..., Tk, D], v [..., Tk, Dv] with up to two leading dimensions: batch and heads.
+    """Attention of q [..., Tq, D], k [..., Tk, D], v [..., Tk, Dv] with up to three leading dimensions: batch and heads.
 
     steps: what is done to the scores, in order, as (kind, number, dimensions of the scores there): "scale" by the number,
     "multiply" or "divide" by a tensor, "cap", "add" or "subtract" a tensor, "keep" scores where a condition holds or "drop"
-    them where it does: they become the number. tensors: a sink [H] if `sink`, then one for each step that needs it;
-    without steps, maybe PyTorch's attn_mask. scale: of the scores before all steps. transposed: k is [..., D, Tk].
-    heads: the leading dimension of q and k, and maybe of v, is batch * heads. softcap: the number of the step "cap".
-    dropout: probabilities are dropped as `F.dropout` drops a tensor of drop_dtype, with the same random numbers.
+    them where it does: they become the number. tensors: a sink if `sink`, then one for each step that needs it; without
+    steps, maybe PyTorch's attn_mask. scale: of the scores before all steps. transposed: k is [..., D, Tk]. heads: the
+    leading dimension of q and k, and maybe of v, is batch * heads. k and v may have fewer heads than q.
+    softcap: the number of the step "cap". sink: [H], or broadcasts to [B, H, Tq] or [B, H, Tq, 1]. dropout: probabilities are dropped as
+    `F.dropout` drops a tensor of drop_dtype, with the same random numbers.
     contiguous: the layout of a matrix product, else that of scaled_dot_product_attention.
-    Returns [..., Tq, Dv] in out_dtype, with the leading dimensions of v (of q where k and v have fewer heads).
+    Returns [..., Tq, Dv] in out_dtype.
+
+    A mask by a large finite number is our kernel's: PyTorch's fused ones keep the maximum and the logarithm of the sum as
+    one number, in which the latter is lost, and give queries that see no key a wrong gradient.
     """
     k = k.transpose(-2, -1) if transposed else k
     sinks, *tensors = tensors if sink else (None, *tensors)
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     q, k, v = (t.to(dtype) for t in (q, k, v))
-    lead = q.shape[:-2] if v.dim() == q.dim() else (-1, heads)
-    shape, kept = (*lead, q.shape[-2], v.shape[-1]), None
-    if steps:
-        q, scale, mask = _merged(q, steps, tensors, heads)
-        if mask is not None and mask.dtype is not torch.bool:
-            mask = mask.clamp(min=torch.finfo(dtype).min).to(dtype)
-    else:
-        mask = _lifted(tensors[0], q.dim(), heads) if tensors else None
+    lead = q.shape[:-2] if heads is None or v.dim() == 3 else (-1, heads)
+    shape, groups = (*lead, q.shape[-2], v.shape[-1]), heads or (q.shape[1:3] if q.dim() == 5 else None)
+    kept = None
     if dropout:
-        size = (*q.shape[:-2], q.shape[-2], k.shape[-2]) if v.dim() == q.dim() else (*v.shape[:2], q.shape[-2], k.shape[-2])
-        kept = _four(F.dropout(torch.ones(size, dtype=drop_dtype, device=q.device), dropout, True) != 0, heads)
+        scores = (*(q.shape[:-2] if heads is None or v.dim() == 3 else v.shape[:2]), q.shape[-2], k.shape[-2])
+        kept = _four(F.dropout(torch.ones(scores, dtype=drop_dtype, device=q.device), dropout, True) != 0, heads)
+    multiplier, mask = None, _lifted(tensors[0], q.dim(), groups) if tensors and not steps else None
+    shown = None
+    if steps:
+        q, scale, multiplier, mask, shown = _merged(q, steps, tensors, groups)
     q, k, v = (_four(t, heads) for t in (q, k, v))
-    if softcap or sink or dropout:
+    if shown is not None:  # a filled score passes no gradient, which matters for a query that sees no key
+        q = q.masked_fill(~shown.any(-1, keepdim=True), 0)
+    added = steps and mask is not None and mask.dtype is not torch.bool
+    if softcap or sink or dropout or added or multiplier is not None:
+        if added:
+            mask = mask.clamp(min=torch.finfo(dtype).min).to(dtype)
         options = {"scale": scale, "softcap": softcap, "is_causal": is_causal, "out_dtype": dtype}
-        out = family.attention(q, k, v, bias=mask, sink=sinks, keep=kept, dropout=dropout, **options)
+        options |= {"multiplier": multiplier, "bias": mask, "keep": kept, "dropout": dropout}
+        if sink:
+            sinks = sinks.squeeze(-1) if sinks.dim() == 4 else sinks
+        out = family.attention(q, k, v, sink=sinks, **options)
     else:
-        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
+        if k.shape[1] != q.shape[1] and mask is not None:  # with a mask none of the fused kernels takes groups
+            k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+        grouped = enable_gqa or k.shape[1] != q.shape[1]
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=grouped)
     return (out.contiguous().view(shape) if contiguous else out.reshape(shape)).to(out_dtype)
 
 
-def _merged(q, steps, tensors, heads):
-    """All steps as three: queries that were multiplied, a scale, and one condition or bias (or None) behind both."""
-    scale, mask, tensors = 1.0, None, iter(tensors)
-    fills = [number for kind, number, _ in steps if kind in ("keep", "drop")]
-    only = sum(kind in ("add", "subtract", "keep", "drop") for kind, _, _ in steps) == 1
+def _merged(q, steps, tensors, groups):
+    """All steps as five: queries that were scaled, a scale, what multiplies the scores, one condition or bias behind
+    that, and where scores were not filled."""
+    scale, multiplier, mask, shown, tensors = 1.0, None, None, None, iter(tensors)
+    alone = sum(kind in MASKS for kind, _, _ in steps) == 1
     for kind, number, ndim in steps:
-        if kind == "cap":
-            continue  # the kernel's part
         if kind == "scale":
             scale, mask = scale * number, None if mask is None else mask * number
         elif kind in ("multiply", "divide"):
             factor = next(tensors)
             factor = 1 / factor if kind == "divide" else factor
-            q, mask = q * factor.to(q.dtype), None if mask is None else mask * _lifted(factor, ndim, heads)
+            if factor.dim() and factor.shape[-1] != 1:
+                multiplier = _lifted(factor, ndim, groups)
+            else:
+                q = q * factor.to(q.dtype)
+            mask = None if mask is None else mask * _lifted(factor, ndim, groups)
         elif kind in ("add", "subtract"):
-            bias = _lifted(next(tensors), ndim, heads)
+            bias = _lifted(next(tensors), ndim, groups)
             bias = -bias if kind == "subtract" else bias
             mask = bias if mask is None else mask + bias
-        else:
-            condition = _lifted(next(tensors), ndim, heads)
+        elif kind in ("keep", "drop"):
+            condition = next(tensors)
             condition = condition if kind == "keep" else ~condition
-            if only and fills == [float("-inf")]:
-                mask = condition
-            else:
-                mask = torch.where(condition, torch.zeros((), dtype=q.dtype, device=q.device) if mask is None else mask, number)
-    return q, scale, mask
+            visible = _lifted(condition, ndim, groups)
+            if alone and number == float("-inf"):
+                mask = visible
+                continue
+            shown = visible if shown is None else shown & visible
+            zero = torch.zeros((), dtype=q.dtype, device=q.device)
+            mask = torch.where(visible, zero if mask is None else mask, max(number, torch.finfo(q.dtype).min))
+    return q, scale, multiplier, mask, shown
 
 
-def _lifted(tensor, ndim, heads):
-    """What broadcasts with scores of `ndim` dimensions, so that it broadcasts with [B, H, Tq, Tk]."""
+def _lifted(tensor, ndim, groups):
+    """What broadcasts with scores of `ndim` dimensions, so that it broadcasts with [B, H, Tq, Tk].
+
+    groups: where ndim is 3 and the first is batch * heads, the heads; where it is 5, both dimensions of heads.
+    """
+    if ndim == 5 and tensor.dim() > 2:
+        tensor = tensor[(None,) * (5 - tensor.dim())]
+        return (tensor if tensor.shape[1:3] == (1, 1) else tensor.expand(-1, *groups, -1, -1)).flatten(1, 2)
     if ndim != 3 or tensor.dim() != 3:
         return tensor
-    return tensor.unflatten(0, (-1, heads)) if heads is not None and tensor.shape[0] != 1 else tensor.unsqueeze(1)
+    return tensor.unflatten(0, (-1, groups)) if groups is not None and tensor.shape[0] != 1 else tensor.unsqueeze(1)
 
 
 def _four(tensor, heads):
-    """[B, H, T, D] of a tensor with fewer leading dimensions, or with both in one."""
+    """[B, H, T, D] of a tensor with other leading dimensions."""
+    if tensor.dim() == 5:
+        return tensor.flatten(1, 2)
     if tensor.dim() == 4:
         return tensor
     if tensor.dim() == 2:

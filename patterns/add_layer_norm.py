@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from rewriter.kernels.layer_norm import add_layer_norm as kernel
 from rewriter.pattern import Call, Match, Pattern, Reference
-from rewriter.patterns import layer_norm
+from rewriter.patterns import layer_norm, rms_norm
 
 
 def _with_sum(reference: Reference) -> Reference:
@@ -43,8 +43,7 @@ class AddLayerNorm(Pattern):
 
 
 def fused_add_layer_norm(x, residual, weight, bias, *, eps, contiguous, **options):
-    weight, bias = (w if w is None or w.dim() == 1 else w.reshape(-1) for w in (weight, bias))
-    y, total = kernel(x, residual, weight, bias, eps, **options)
+    y, total = kernel(x, residual, rms_norm.as_row(weight, x), rms_norm.as_row(bias, x), eps, **options)
     return y.contiguous() if contiguous else y, total
 
 

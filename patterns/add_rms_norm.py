@@ -39,9 +39,7 @@ class AddRMSNorm(Pattern):
 
 
 def fused_add_rms_norm(x, residual, weight, *, eps, **options):
-    if weight is not None and weight.dim() != 1:
-        weight = weight.reshape(-1)
-    return kernel(x, residual, weight, eps, **options)
+    return kernel(x, residual, rms_norm.as_row(weight, x), eps, **options)
 
 
 PATTERN = AddRMSNorm()

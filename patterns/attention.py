@@ -9,11 +9,14 @@ scaled_dot_product_attention stays, unless one of these makes it better.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.nn import functional as F
 
-from rewriter.constant import constant
+from rewriter.constant import constants
 from rewriter.kernels.sdpa import attention
+from rewriter.meta import TensorMeta
 from rewriter.pattern import Call, Match, Pattern, Reference
 from rewriter.patterns.attention_scores import HIDDEN, MASKS, Scores, Step, Stray, trace_back
 from rewriter.shadow import Value, is_row_operator
@@ -49,6 +52,7 @@ class Attention(Pattern):
     )
     row_operators = True  # models that put batch and heads into one dimension take them apart for the mask
     dropout = True
+    lazy = True  # probabilities that a model returns with the result
 
     def already(self, match: Match) -> str | None:
         if not _is_library(match):
@@ -66,21 +70,24 @@ class Attention(Pattern):
         except Stray as stray:
             return str(stray)
         q, k, v = (value.meta for value in _operands(match))
-        if None in (q, k, v) or v.ndim not in (2, 3, 4) or q.ndim != k.ndim:
+        if None in (q, k, v) or v.ndim not in (2, 3, 4, 5) or q.ndim != k.ndim:
             return "queries, keys and values are not laid out as heads"
         if q.ndim != v.ndim and (q.ndim, v.ndim) != (3, 4):
             return f"queries of {q.ndim} dimensions and values of {v.ndim}"
-        if q.shape[:-2] != k.shape[:-2] or (q.ndim == v.ndim and q.shape[:-2] != v.shape[:-2]):
+        if not _same_heads(q, k, v):
             return f"queries {list(q.shape)}, keys {list(k.shape)} and values {list(v.shape)} differ in batch or heads"
         if not (q.static[-1] and v.static[-1]):
             return "the width of the heads changes between calls"
         for step in scores.steps:
             if step.kind in ("multiply", "divide"):
                 meta = step.value.meta
-                if meta.numel() != 1 and (meta.ndim > q.ndim or step.ndim != q.ndim or meta.shape[-1] != 1):
+                rows = meta.numel() == 1 or (meta.ndim <= q.ndim == step.ndim and meta.shape[-1] == 1)
+                before = [s.kind for s in scores.steps[: scores.steps.index(step)]]
+                alone = "cap" not in [s.kind for s in scores.steps] and not {*before} & {*MASKS}
+                if not rows and (not alone or meta.requires_grad or step.kind == "divide"):
                     return f"scores are scaled by a tensor of shape {list(meta.shape)}"
         if "sink" in match.tensors and _sinks(match) is None:
-            return f"the sink has shape {list(match.meta('sink').shape)}, not one number for each head"
+            return f"the sink has shape {list(match.meta('sink').shape)}, not one number for each head or query"
         return _passed_check(match, scores)
 
     def replacement(self, match: Match) -> Call:
@@ -106,8 +113,8 @@ class Attention(Pattern):
         note |= {"masks": "causal"} if causal else {"masks": tuple(masks)} if masks else {}
         note |= {name: value for name, value in own.items() if value}
         operands = [value.node for value in _operands(match)]
-        grouped = _grouped(match) if any(own.values()) or not (tensors or masks) else None
-        if grouped:  # with a dense mask none of PyTorch's fused kernels takes groups
+        grouped = _grouped(match)
+        if grouped:
             operands[1:], options["enable_gqa"] = [value.node for value in grouped], True
             note["grouped"] = True
         options["transposed"] = not library and scores.product.op == "matmul" and not grouped
@@ -122,17 +129,25 @@ class Attention(Pattern):
         return {n: longest + (n != tokens[1]) for n in tokens if n > longest + 1 and n not in others}
 
     def sample(self, match: Match, name: str, shapes, generator: torch.Generator) -> torch.Tensor | None:
-        """Conditions that leave each query its first key: a query without any has no defined result."""
+        """Masks that hide some keys, and from the last query all, if its result is defined then."""
         if _is_library(match):
             condition = name == "attn_mask" and match.meta(name).dtype == torch.bool
-            kind = "keep" if condition else ""
+            kind, number = "keep" if condition else "", -math.inf
+            step = None
         else:
-            kind = next((s.kind for s in _scores(match).steps if s.value and s.value.node.name == name), "")
-        if kind not in ("keep", "drop"):
+            step = next((s for s in _scores(match).steps if s.value and s.value.node.name == name), None)
+            kind, number = (step.kind, step.number) if step else ("", None)
+        if kind not in MASKS or (step and step.value.meta.requires_grad):
             return None
         visible = torch.rand(shapes[name], generator=generator, device=generator.device) < 0.7
         visible[..., 0] = True
-        return ~visible if kind == "drop" else visible
+        if number != -math.inf and visible.dim() > 1:
+            visible[..., -1, :] = visible.shape[-2] == 1
+        if kind in ("keep", "drop"):
+            return ~visible if kind == "drop" else visible
+        lowest = torch.finfo(step.value.meta.dtype).min / 4
+        bias = torch.randn(visible.shape, generator=generator, device=generator.device)
+        return bias.masked_fill(~visible, lowest if kind == "add" else -lowest)
 
 
 def _is_library(match: Match) -> bool:
@@ -148,6 +163,15 @@ def _operands(match: Match) -> tuple[Value, Value, Value]:
     if _is_library(match):
         return tuple(match.tensors[name] for name in ("query", "key", "value"))
     return (*_scores(match).product.inputs, match.tensors["v"])
+
+
+def _same_heads(q: TensorMeta, k: TensorMeta, v: TensorMeta) -> bool:
+    """Whether batch and heads are the same in all three, or one head of keys and values serves several of queries."""
+    if q.ndim != v.ndim:
+        return q.shape[:-2] == k.shape[:-2]
+    *lead, heads = q.shape[:-2] or (1,)
+    shared = q.ndim in (4, 5) and k.shape[:-2] == v.shape[:-2] == (*lead, 1)
+    return shared or q.shape[:-2] == k.shape[:-2] == v.shape[:-2]
 
 
 def _dropped(match: Match) -> Value | None:
@@ -183,13 +207,21 @@ def _heads(match: Match, scores: Scores) -> int | None:
 
 
 def _sinks(match: Match) -> Value | None:
-    """The sink as one number for each head, before it was broadcast."""
-    heads, value = _operands(match)[0].meta.shape, match.tensors["sink"]
-    if len(heads) != 4 or value.meta is None or value.meta.shape[1:2] != heads[1:2]:
+    """The sink before it was broadcast: [H], or what broadcasts to [B, H, Tq] or [B, H, Tq, 1]."""
+    given, queries = match.tensors["sink"], _operands(match)[0].meta.shape[:-1]
+    if len(queries) != 3 or given.meta is None:
         return None
-    while value.op in ("expand", "reshape", "copy") and value.inputs[0].node is not None:
-        value = value.inputs[0]
-    return value if value.meta is not None and value.meta.shape == (heads[1],) else None
+    shape = given.meta.shape[:-1] if given.meta.ndim == 4 else given.meta.shape
+    if len(shape) > 3 or any(n not in (1, m) for n, m in zip(shape[::-1], queries[::-1], strict=False)):
+        return None
+    narrow = given
+    while narrow.op in ("expand", "copy"):
+        narrow = narrow.inputs[0]
+    source = narrow.inputs[0] if narrow.op == "reshape" else None
+    if source is None or source.node is None or source.meta is None or source.meta.shape != queries[1:2]:
+        return given
+    shape = narrow.meta.shape[:-1] if narrow.meta.ndim == 4 else narrow.meta.shape
+    return source if shape[-2:-1] == queries[1:2] and math.prod(shape) == queries[1] else given
 
 
 def _grouped(match: Match) -> tuple[Value, Value] | None:
@@ -233,14 +265,19 @@ def _mask(match: Match) -> Step | None:
 
 
 def _causal(match: Match) -> bool:
-    """Whether the only mask hides exactly the later positions, whatever the inputs are."""
+    """Whether the only mask hides exactly the later positions, whatever the inputs are: then each query sees a key."""
     if _is_library(match):
         kind, value = "add", match.tensors.get("attn_mask")
     else:
         step = _mask(match)
         kind, value = (step.kind, step.value) if step else ("", None)
-    mask = constant(value.node) if value is not None else None
-    if mask is None or mask.ndim < 2 or mask.shape[-1] != mask.shape[-2] or mask.numel() != mask.shape[-1] ** 2:
+    masks = constants(value.node) if value is not None and value.node is not None else []
+    return bool(masks) and all(_hides_later(mask, kind) for mask in masks)
+
+
+def _hides_later(mask: torch.Tensor, kind: str) -> bool:
+    """Whether a mask hides exactly the keys behind each query."""
+    if mask.ndim < 2 or mask.shape[-1] != mask.shape[-2] or mask.numel() != mask.shape[-1] ** 2:
         return False
     mask = mask.reshape(mask.shape[-2:])
     if mask.dtype is torch.bool:

@@ -15,7 +15,7 @@ import torch
 from rewriter.canonical import TRANSPARENT
 from rewriter.shadow import Value, is_row_operator
 
-HIDDEN = -1e8  # what a filled-in score has to be below: nothing of it is left after the softmax
+HIDDEN = -1e4  # what a filled-in score has to be at most: nothing of it is left after the softmax
 SCALINGS, MASKS = ("scale", "multiply", "divide"), ("add", "subtract", "keep", "drop")
 LONGEST = 12  # operators between the product and the softmax
 ZEROS = {torch.ops.aten.zeros.default, torch.ops.aten.zeros_like.default, torch.ops.aten.new_zeros.default}

@@ -43,19 +43,40 @@ def _by_rows(z, target):
 TRANSFORMS: dict[Callable, tuple[str, ...]] = {
     plain: (), scaled: ("scale",), softcapped: ("softcap",), scaled_softcapped: ("scale", "softcap"),
 }  # fmt: skip
-# How the loss is written: (name, function of logits, target and maybe class weights, examples of the latter two).
-LOSSES: tuple[tuple[str, Callable, dict], ...] = (
+def _smoothed(z, target, *, kept, spread):
+    logs = F.log_softmax(z, -1)
+    return kept * logs.gather(-1, target) + spread * logs.mean(-1, keepdim=True)
+
+
+def _smoothed_squeezed(z, target, *, kept, spread):
+    logs = F.log_softmax(z, -1)
+    return kept * logs.gather(-1, target).squeeze(-1) + spread * logs.mean(-1)
+
+
+SMOOTHING = ("kept", "spread")
+# How the loss is written: (name, function of logits, target and maybe class weights, examples of the latter two, names
+# of its constants).
+LOSSES: tuple[tuple[str, Callable, dict, tuple], ...] = (
     ("cross_entropy", lambda z, target, weight: F.cross_entropy(z, target, weight),
-     {"target": TARGET, "class_weight": (CLASSES,)}),
-    ("cross_entropy", lambda z, target: F.cross_entropy(z, target), {"target": TARGET}),
-    ("log_probability", lambda z, target: F.log_softmax(z, -1).gather(-1, target), {"target": INDEX}),
-    ("log_probability, by rows", _by_rows, {"target": TARGET}),
-    ("token_loss", lambda z, target: z.logsumexp(-1) - z.gather(-1, target).squeeze(-1), {"target": INDEX}),
+     {"target": TARGET, "class_weight": (CLASSES,)}, ()),
+    ("cross_entropy", lambda z, target: F.cross_entropy(z, target), {"target": TARGET}, ()),
+    ("log_probability", lambda z, target: F.log_softmax(z, -1).gather(-1, target), {"target": INDEX}, ()),
+    ("log_probability, by rows", _by_rows, {"target": TARGET}, ()),
+    ("log_probability", _smoothed, {"target": INDEX}, SMOOTHING),
+    ("negative token_loss", _smoothed_squeezed, {"target": INDEX}, SMOOTHING),
+    ("negative log_probability", lambda *given, **numbers: -_smoothed(*given, **numbers), {"target": INDEX}, SMOOTHING),
+    ("token_loss", lambda *given, **numbers: -_smoothed_squeezed(*given, **numbers), {"target": INDEX}, SMOOTHING),
+    ("negative log_probability", lambda z, target: -F.log_softmax(z, -1).gather(-1, target), {"target": INDEX}, ()),
+    ("negative log_probability, by rows", lambda z, target: -_by_rows(z, target), {"target": TARGET}, ()),
+    ("token_loss", lambda z, target: z.logsumexp(-1) - z.gather(-1, target).squeeze(-1), {"target": INDEX}, ()),
+    ("negative token_loss", lambda z, target: z.gather(-1, target).squeeze(-1) - z.logsumexp(-1), {"target": INDEX}, ()),
 )  # fmt: skip
 
 
 def loss_check(match: Match) -> str | None:
     """Why this loss can't be computed by a kernel, or None."""
+    if "kept" in match.consts and abs(match.consts["kept"] + match.consts["spread"] - 1) > 1e-6:
+        return "its weights of the target and of all classes don't add up to 1"
     if match.variant["loss"] != "cross_entropy":
         return None
     logits, target = match.bound_operator("cross_entropy").inputs[:2]
@@ -69,7 +90,9 @@ def loss_check(match: Match) -> str | None:
 def loss_options(match: Match) -> dict:
     """Keyword arguments of `finished`, and of the kernels, for a match of any of the spellings."""
     loss = match.variant["loss"]
-    reduction, ignore_index, smoothing = match.attrs("cross_entropy") if loss == "cross_entropy" else (0, -100, 0.0)
+    reduction, ignore_index, smoothing = (
+        match.attrs("cross_entropy") if loss == "cross_entropy" else (0, -100, match.consts.get("spread", 0.0))
+    )
     return {
         "ignore_index": ignore_index,
         "reduction": REDUCTIONS[reduction],
@@ -89,14 +112,13 @@ def finished(losses, target, loss: str):
     if losses.dim() == 0:
         return losses
     losses = losses.view(target.shape)
-    if loss == "token_loss":
-        return losses.squeeze(-1)
-    return losses if loss == "cross_entropy" else -losses
+    losses = losses.squeeze(-1) if loss.endswith("token_loss") else losses
+    return -losses if loss.startswith("log_probability") or loss == "negative token_loss" else losses
 
 
 def classes(target, loss: str, count: int):
     """Targets as class numbers; an index may count from the end."""
-    return torch.where(target < 0, target + count, target) if loss == "log_probability, by rows" else target
+    return torch.where(target < 0, target + count, target) if loss.endswith("by rows") else target
 
 
 def loss_sample(match: Match, name: str, shape, count: int, generator: torch.Generator) -> torch.Tensor | None:
@@ -115,13 +137,15 @@ def loss_sample(match: Match, name: str, shape, count: int, generator: torch.Gen
 def _references() -> tuple[Reference, ...]:
     references, bases = [], {}
     for transform, consts in TRANSFORMS.items():
-        for loss, fn, inputs in LOSSES:
+        for loss, fn, inputs, own in LOSSES:
 
-            def reference(logits, *rest, _fn=fn, _transform=transform, **numbers):
-                return _fn(_transform(logits, **numbers), *rest)
+
+            def reference(logits, *rest, _fn=fn, _transform=transform, _own=own, **numbers):
+                of_loss = {name: numbers.pop(name) for name in _own}
+                return _fn(_transform(logits, **numbers), *rest, **of_loss)
 
             variant, examples = {"loss": loss}, {"logits": (6, CLASSES), **inputs}
-            references.append(Reference(reference, examples, consts, variant, bases.get(fn)))
+            references.append(Reference(reference, examples, (*consts, *own), variant, bases.get(fn)))
             bases.setdefault(fn, references[-1])
     return tuple(references)
 

@@ -110,7 +110,15 @@ class GLU(Pattern):
         if halves is not None:
             whole, order = halves
             return Call(glu_packed, (whole.node,), options | order, options | {"packed": True})
-        return Call(glu, (match["gate"], match["up"]), options, options)
+        order, own = (match.root.meta.order(), match.meta("gate").order())
+        layout = {} if order == own else {"order": order}
+        return Call(glu_of_two, (match["gate"], match["up"]), options | layout, options)
+
+
+def glu_of_two(gate, up, *, order=None, **options):
+    """The kernel's result is laid out as the gate; `order`, from the outermost dimension on, is how the model has it."""
+    y = glu(gate, up, **options)
+    return y if order is None else y.permute(order).contiguous().permute([order.index(d) for d in range(y.dim())])
 
 
 def _halves(gate: Value, up: Value) -> tuple[Value, dict[str, bool]] | None:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from rewriter.kernels.layer_norm import layer_norm as kernel
 from rewriter.pattern import Call, Match, Pattern, Reference
-from rewriter.patterns.rms_norm import row_check
+from rewriter.patterns.rms_norm import as_row, row_check
 
 X, W = (2, 3, 8), (8,)
 
@@ -27,34 +27,49 @@ def factor_by_moments(x, eps):
     return torch.rsqrt(x.square().mean(-1, keepdim=True) - x.mean(-1, keepdim=True).square() + eps)
 
 
+def variance(x):
+    return centred(x).square().mean(-1, keepdim=True)
+
+
+# How the factor of a row is written: (function of x and constants, its constants). `outside` is an epsilon beside the
+# root, `unbiased` what the unbiased variance is larger by than the biased one.
+FACTORS = (
+    (factor, ("eps",)),
+    (factor_by_moments, ("eps",)),
+    (lambda x, outside: 1 / (torch.sqrt(variance(x)) + outside), ("outside",)),
+    (lambda x, outside, unbiased: 1 / (torch.sqrt(variance(x) * unbiased) + outside), ("outside", "unbiased")),
+    (lambda x, eps, unbiased: torch.rsqrt(variance(x) * unbiased + eps), ("eps", "unbiased")),
+)
+
+
 def _references() -> tuple[Reference, ...]:
     references = []
-    for row in (factor, factor_by_moments):
+    for row, own in FACTORS:
 
-        def plain(x, *, eps, _row=row):
-            return centred(x) * _row(x, eps)
+        def plain(x, *, _row=row, **consts):
+            return centred(x) * _row(x, **consts)
 
-        def weighted(x, weight, *, eps, _row=row):
-            return centred(x) * _row(x, eps) * weight
+        def weighted(x, weight, *, _row=row, **consts):
+            return centred(x) * _row(x, **consts) * weight
 
-        def weighted_factor(x, weight, *, eps, _row=row):
-            return centred(x) * (_row(x, eps) * weight)
+        def weighted_factor(x, weight, *, _row=row, **consts):
+            return centred(x) * (_row(x, **consts) * weight)
 
-        def weighted_first(x, weight, *, eps, _row=row):
-            return (centred(x) * weight) * _row(x, eps)
+        def weighted_first(x, weight, *, _row=row, **consts):
+            return (centred(x) * weight) * _row(x, **consts)
 
-        def shifted(x, weight, *, eps, offset, _row=row):
-            return centred(x) * _row(x, eps) * (offset + weight)
+        def shifted(x, weight, *, offset, _row=row, **consts):
+            return centred(x) * _row(x, **consts) * (offset + weight)
 
         forms = ((shifted, ("offset",)), (weighted, ()), (weighted_factor, ()), (weighted_first, ()))
-        base = Reference(plain, {"x": X}, ("eps",), {"weight": "none", "bias": False})
+        base = Reference(plain, {"x": X}, own, {"weight": "none", "bias": False})
         for fn, more in forms:
             kind = {"weight": "shifted" if more else "plain"}
 
             def with_bias(x, weight, bias, *, _fn=fn, **consts):
                 return _fn(x, weight, **consts) + bias
 
-            consts = ("eps", *more)
+            consts = (*own, *more)
             references.append(
                 Reference(with_bias, {"x": X, "weight": W, "bias": W}, consts, kind | {"bias": True}, base)
             )
@@ -88,9 +103,12 @@ class LayerNorm(Pattern):
 
 def options(match: Match) -> dict:
     """The kernel's keyword arguments for a match of a LayerNorm."""
+    unbiased = match.consts.get("unbiased", 1.0)
     return {
         "contiguous": bool(match.variant.get("library")),  # as PyTorch's own result is, whatever the layout of x
-        "eps": match.consts["eps"],
+        "eps": match.consts.get("eps", 0.0) / unbiased,
+        "outside": match.consts.get("outside", 0.0) / unbiased**0.5,
+        "scale": unbiased**-0.5,
         "offset": match.consts.get("offset", 0.0),
         "round_before_weight": match.rounds("mul", "mul"),
         "out_dtype": match.root.meta.dtype,
@@ -103,8 +121,7 @@ def note(match: Match) -> dict:
 
 def fused_layer_norm(x, weight, bias, *, eps, contiguous, **options):
     """The kernel, for a weight and a bias of any shape that broadcasts along the last dimension only."""
-    weight, bias = (w if w is None or w.dim() == 1 else w.reshape(-1) for w in (weight, bias))
-    y = kernel(x, weight, bias, eps, **options)
+    y = kernel(x, as_row(weight, x), as_row(bias, x), eps, **options)
     return y.contiguous() if contiguous else y
 
 

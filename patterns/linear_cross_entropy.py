@@ -22,6 +22,7 @@ from rewriter.patterns.cross_entropy import (
     loss_note,
     loss_options,
     loss_sample,
+    plain,
 )
 from rewriter.patterns.cross_entropy import (
     PATTERN as cross_entropy,
@@ -36,19 +37,25 @@ HEADS = (
 )
 
 
+# What may be done to the logits by a tensor, such as a learned temperature: name of the tensor -> function.
+FACTORS = {"": lambda z: z, "factor": lambda z, factor: z * factor, "divisor": lambda z, divisor: z / divisor}
+
+
 def _references() -> tuple[Reference, ...]:
     references, without_head = [], iter(cross_entropy.references)
-    for transform, consts in TRANSFORMS.items():
-        for loss, fn, targets in LOSSES:
+    for transform in TRANSFORMS:
+        for loss, _, targets, _ in LOSSES:
             base = next(without_head)
             for head, weights in HEADS:
+                for factor in FACTORS if transform is plain and not base.consts else ("",):
 
-                def reference(x, *rest, _head=head, _parts=weights, _fn=fn, _transform=transform, **numbers):
-                    n = len(_parts)
-                    return _fn(_transform(_head(x, *rest[:n]), **numbers), *rest[n:])
+                    def reference(x, *rest, _head=head, _parts=weights, _loss=base.fn, _factor=factor, **numbers):
+                        n, m = len(_parts), len(_parts) + bool(_factor)
+                        return _loss(FACTORS[_factor](_head(x, *rest[:n]), *rest[n:m]), *rest[m:], **numbers)
 
-                variant = {"loss": loss, "transposed": head is torch.matmul}
-                references.append(Reference(reference, {"x": (6, 8), **weights, **targets}, consts, variant, base))
+                    variant = {"loss": loss, "transposed": head is torch.matmul, "factor": factor}
+                    inputs = {"x": (6, 8), **weights, **({factor: ()} if factor else {}), **targets}
+                    references.append(Reference(reference, inputs, base.consts, variant, base))
     return tuple(references)
 
 
@@ -68,12 +75,17 @@ class LinearCrossEntropy(Pattern):
                 return "input and head differ in dtype"
         if _rows(match) is None:
             return "the rows of the logits are cut at places that change between calls"
+        factor = match.variant["factor"]
+        if factor and match.meta(factor).numel() != 1:
+            return f"the logits are scaled by a tensor of shape {list(match.meta(factor).shape)}"
         return loss_check(match)
 
     def replacement(self, match: Match) -> Call:
         kwargs = loss_options(match)
         kwargs["matmul_dtype"] = next(iter(match.rounded.values()), None)
+        factor = match.variant["factor"]
         form = {"rows": _rows(match), "loss": match.variant["loss"], "transposed": match.variant["transposed"]}
+        form |= {factor: match[factor]} if factor else {}
         bias, class_weight = (match[n] if n in match.tensors else None for n in ("bias", "class_weight"))
         arguments = (match["x"], match["weight"], match["target"], bias, class_weight)
         return Call(head_and_loss, arguments, {**kwargs, **form}, loss_note(kwargs))
@@ -112,8 +124,15 @@ def _rows(match: Match) -> tuple[tuple[int, int, int, int], ...] | None:
     return tuple(cuts)
 
 
-def head_and_loss(x, weight, target, bias, class_weight, *, rows, loss, transposed, **options):
-    """The kernel on the rows that the model's loss looks at."""
+def head_and_loss(
+    x, weight, target, bias, class_weight, *, rows, loss, transposed, factor=None, divisor=None, **options
+):
+    """The kernel on the rows that the model's loss looks at; one number that scales the logits scales x and bias."""
+    if divisor is not None:
+        factor = 1 / divisor
+    if factor is not None:
+        x = x * factor.to(x.dtype).reshape(())
+        bias = bias if bias is None else bias * factor.to(bias.dtype).reshape(())
     for dim, start, end, step in rows:
         x = torch.ops.aten.slice.Tensor(x, dim, start, end, step)
     weight = weight.t() if transposed else weight

@@ -35,17 +35,21 @@ FACTORS: dict[str, tuple[Callable, tuple[str, ...]]] = {
     "norm, clamped": (lambda x, eps: torch.rsqrt(square_sum(x).clamp_min(eps)), ("eps",)),
     "norm, then clamped": (lambda x, eps: 1 / torch.sqrt(square_sum(x)).clamp_min(eps), ("eps",)),
     "root, then clamped": (lambda x, eps: 1 / torch.sqrt(square_mean(x)).clamp_min(eps), ("eps",)),
+    "norm, eps outside": (lambda x, eps: 1 / (torch.sqrt(square_sum(x)) + eps), ("eps",)),
+    "root, eps outside": (lambda x, eps: 1 / (torch.sqrt(square_mean(x)) + eps), ("eps",)),
     "norm alone": (lambda x: torch.rsqrt(square_sum(x)), ()),
     "mean alone": (lambda x: torch.rsqrt(square_mean(x)), ()),
 }
 
 
 def row_options(factor: str, width: int, eps: float = 0.0) -> dict[str, float]:
-    """eps, floor and scale of the kernel's `scale / max(sqrt(mean(x^2) + eps), floor)`, for rows of this width."""
+    """Options of the kernel's `scale / max(sqrt(mean(x^2) + eps) + outside, floor)`, for rows of this width."""
     norm = factor.startswith("norm")
     share = 1 / width if norm else 1.0  # of the sum of squares that the mean is
     options = {"eps": 0.0, "scale": share**0.5}
-    if factor.endswith("then clamped"):
+    if factor.endswith("outside"):
+        options["outside"] = eps * share**0.5
+    elif factor.endswith("then clamped"):
         options["floor"] = eps * share**0.5
     elif factor.endswith("clamped"):
         options["floor"] = (eps * share) ** 0.5
@@ -113,6 +117,8 @@ def row_check(match: Match, *names: str) -> str | None:
     for name in names:
         if name in match.tensors:
             weight = match.meta(name)
+            if weight.numel() == 1:
+                continue
             if weight.shape[-1:] != x.shape[-1:] or weight.numel() != x.shape[-1]:
                 return f"the {name} has shape {list(weight.shape)}, not [{x.shape[-1]}]"
     return None
@@ -144,9 +150,14 @@ def options(match: Match) -> dict:
 
 def fused_rms_norm(x, weight, *, eps, **options):
     """The kernel, for a weight of any shape that broadcasts along the last dimension only."""
-    if weight is not None and weight.dim() != 1:
-        weight = weight.reshape(-1)
-    return kernel(x, weight, eps, **options)
+    return kernel(x, as_row(weight, x), eps, **options)
+
+
+def as_row(weight, x):
+    """A weight [D]; one number is one for each feature of x."""
+    if weight is None or weight.shape == x.shape[-1:]:
+        return weight
+    return weight.reshape(-1).expand(x.shape[-1]).contiguous() if weight.numel() == 1 else weight.reshape(-1)
 
 
 PATTERN = RMSNorm()

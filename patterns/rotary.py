@@ -57,7 +57,12 @@ def _whole(split, join) -> dict[str, Callable]:
         a, b = split(x)
         return x * cos + join(b, a) * sin
 
-    return {"forward": forward, "backward": backward, "backward by sign": backward_by_sign, "signed": signed}
+    def scaled(x, cos, sin, *, gain):
+        a, b = split(x)
+        return x * cos * gain + join(-b, a) * sin * gain
+
+    return {"forward": forward, "backward": backward, "backward by sign": backward_by_sign, "signed": signed,
+            "scaled": scaled}  # fmt: skip
 
 
 def _apart(split, join) -> dict[str, Callable]:
@@ -86,7 +91,8 @@ def _references() -> tuple[Reference, ...]:
     for style, (split, join) in LAYOUTS.items():
         for name, fn in _whole(split, join).items():
             variant = {"style": style, "angles": "signed" if name == "signed" else "whole", "inverse": "back" in name}
-            references.append(Reference(fn, {"x": X, "cos": ANGLE, "sin": ANGLE}, variant=variant))
+            consts = ("gain",) if name == "scaled" else ()
+            references.append(Reference(fn, {"x": X, "cos": ANGLE, "sin": ANGLE}, consts, variant))
         for out_style, (_, out_join) in LAYOUTS.items():
             form = {"style": style, "out_style": out_style}
             for name, fn in _apart(split, out_join).items():
@@ -119,7 +125,7 @@ class Rotary(Pattern):
         for match in matches:
             angles = tuple(match.tensors[name].number for name in _angles(match))
             x, module = match.meta("x"), tuple(match.output.meta.get("nn_module_stack") or ())
-            groups[angles, match.reference, x.ndim, x.dtype, match.root.meta.dtype, module].append(match)
+            groups[angles, match.reference, *match.consts.values(), x.ndim, x.dtype, match.root.meta.dtype, module].append(match)
         joined = []
         for group in groups.values():
             joined += [tuple(group[i : i + 2]) for i in range(0, len(group), 2)]
@@ -127,7 +133,7 @@ class Rotary(Pattern):
 
     def replacement(self, *matches: Match) -> Call:
         first = matches[0]
-        options = dict(first.variant) | {"out_dtype": first.root.meta.dtype}
+        options = dict(first.variant) | {"out_dtype": first.root.meta.dtype} | first.consts
         options["contiguous"] = all(match.root.meta.is_contiguous() for match in matches)
         note = {"style": first.variant["style"], "tensors": len(matches)}
         angles = [first[name] for name in _angles(first)]
@@ -149,7 +155,7 @@ def rotate_one(x, *angles, **form):
     return rotate_pair(x, None, *angles, **form)[0]
 
 
-def _tables(given, style, *, angles, inverse):
+def _tables(given, style, *, angles, inverse, gain=1.0):
     """cos and sin for every feature, with the sign of sin as the kernel has it."""
     _, join = LAYOUTS[style]
     cos, sin = (given[0].real, given[0].imag) if angles == "complex" else given
@@ -158,6 +164,8 @@ def _tables(given, style, *, angles, inverse):
     if angles == "signed":
         first, second = LAYOUTS[style][0](sin)
         sin = join(-first, second)
+    if gain != 1.0:
+        cos, sin = cos * gain, sin * gain
     return cos, -sin if inverse else sin
 
 

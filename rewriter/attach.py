@@ -128,6 +128,7 @@ def region_forward(forward: Callable, compiled: Callable, session: Any, kind: st
         mark = attached(self)
         if mark is None or not session.wants(kind, mark.path, args, kwargs):
             return forward(self, *args, **kwargs)
+        session.about_to_run(kind)
         frame = context.push(mark.path)
         try:
             result = compiled(self, *args, **kwargs)

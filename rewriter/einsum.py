@@ -8,7 +8,7 @@ import torch
 
 
 def einsum(*arguments: Any) -> torch.Tensor:
-    """torch.einsum; an equation with one contracted and at most one free index a side becomes a matmul of views.
+    """torch.einsum; an equation with one contracted and one free index on the right becomes a matmul of views.
 
     Any other equation goes to torch.einsum itself.
     """
@@ -18,17 +18,22 @@ def einsum(*arguments: Any) -> torch.Tensor:
     (left, right, out), (a, b) = terms
     batch = [i for i in out if i in left and i in right]
     summed = [i for i in left if i in right and i not in out]
-    rows = [i for i in left if i not in right]
+    rows = [i for i in out if i in left and i not in right]
     columns = [i for i in right if i not in left]
-    if {*left} | {*right} != {*batch, *summed, *rows, *columns} or not {*rows, *columns} <= {*out}:
+    if {*left} | {*right} != {*batch, *summed, *rows, *columns} or not {*columns} <= {*out}:
         return torch.einsum(*arguments)  # an index of one operand alone is summed
     if any(a.shape[left.index(i)] != b.shape[right.index(i)] for i in (*batch, *summed)):
         return torch.einsum(*arguments)  # broadcasting
     if not rows and not columns and len(summed) == 1 and out == batch:
         return (_ordered(a, left, batch + summed) * _ordered(b, right, batch + summed)).sum(-1)
-    if len(summed) != 1 or len(columns) != 1 or (batch and len(rows) != 1) or not rows:
+    if len(summed) != 1 or len(columns) != 1 or not rows:
         return torch.einsum(*arguments)
-    product = _ordered(a, left, batch + rows + summed) @ _ordered(b, right, batch + summed + columns)
+    as_given = [i for i in left if i in rows]
+    rows = as_given if left == batch + as_given + summed else rows  # rather permute the result than the operand
+    b = _ordered(b, right, batch + summed + columns)
+    if batch:  # one matrix on the right for several of the left
+        b = b.reshape(*b.shape[:-2], *[1] * (len(rows) - 1), *b.shape[-2:])
+    product = _ordered(a, left, batch + rows + summed) @ b
     return _ordered(product, batch + rows + columns, out)
 
 
@@ -53,11 +58,13 @@ def _terms(arguments: tuple) -> tuple[list[list[str]], list[torch.Tensor]] | Non
 
 
 def _spelled_out(letters: list[str], operands: list[torch.Tensor]) -> list[str] | None:
-    """An ellipsis in one operand and in the result, as letters of its own."""
-    if [("..." in term) for term in letters] not in ([True, False, True], [False, True, True]):
+    """An ellipsis in one operand or both, and in the result, as letters of its own."""
+    if [("..." in term) for term in letters] not in ([True, False, True], [False, True, True], [True, True, True]):
         return None
-    which = 0 if "..." in letters[0] else 1
-    count = operands[which].dim() - len(letters[which]) + 3
+    counts = {t.dim() - len(term) + 3 for term, t in zip(letters, operands, strict=False) if "..." in term}
+    count = counts.pop()
+    if counts:
+        return None  # they broadcast
     free = [c for c in "ZYXWVUTSRQPO" if c not in "".join(letters)][:count]
     return [term.replace("...", "".join(free)) for term in letters] if count >= 0 else None
 

@@ -122,9 +122,13 @@ class Legality:
         self, covered: tuple[fx.Node, ...], outputs: tuple[fx.Node, ...], lazy_allowed: bool
     ) -> tuple[fx.Node, ...]:
         inside, lazy = set(covered), []
+        lazy_allowed = lazy_allowed and not any(map(draws_random_numbers, covered))  # later it would draw others
+        free: set[fx.Node] = set()  # made of sizes alone: whoever else reads it may go on doing so
         for node in covered:
+            if all(n in free or isinstance(example(n), torch.SymInt) for n in node.all_input_nodes):
+                free.add(node)
             outside = [u for u in node.users if u not in inside]
-            if node in outputs or not outside:
+            if node in outputs or not outside or node in free:
                 continue
             if lazy_allowed and outside == [self.output] and isinstance(example(node), torch.Tensor):
                 lazy.append(node)

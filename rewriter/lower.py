@@ -112,7 +112,8 @@ class Lowering:
             return False
         if isinstance(target, torch._ops.OpOverload):
             return False
-        return _has_tensor(node) or (not node.all_input_nodes and isinstance(example(node), FakeTensor))
+        made_of_sizes = all(isinstance(example(n), torch.SymInt) for n in node.all_input_nodes)
+        return _has_tensor(node) or (made_of_sizes and isinstance(example(node), FakeTensor))
 
     def _trace(self, gm: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:
         key = _trace_key(node)
@@ -151,7 +152,7 @@ def _trace_one(node: fx.Node) -> fx.GraphModule | None:
 
     def run(*flat: Any) -> Any:
         value = dict(zip(leaves, flat, strict=True))
-        args, kwargs = pytree.tree_map_only(fx.Node, value.__getitem__, (_listed(node.args), dict(node.kwargs)))
+        args, kwargs = _filled((_listed(node.args), dict(node.kwargs)), value.__getitem__)
         if node.op == "call_method":
             return getattr(args[0], node.target)(*args[1:], **kwargs)
         return _MEANING.get(node.target, node.target)(*args, **kwargs)
@@ -195,6 +196,19 @@ def _listed(tree: Any) -> Any:
     return tree
 
 
+def _filled(tree: Any, value: Any) -> Any:
+    """The tree with `value(node)` for each node, also in slices."""
+
+    def fill(leaf: Any) -> Any:
+        if isinstance(leaf, fx.Node):
+            return value(leaf)
+        if isinstance(leaf, slice):
+            return slice(*map(fill, (leaf.start, leaf.stop, leaf.step)))
+        return leaf
+
+    return pytree.tree_map(fill, tree)
+
+
 def _has_tensor(node: fx.Node) -> bool:
     return any(isinstance(example(n), torch.Tensor) for n in node.all_input_nodes)
 
@@ -218,7 +232,7 @@ def _trace_key(node: fx.Node) -> Any:
     if not order:  # a tensor made of numbers: its type and place may come from a default
         made = example(node)
         metas.append((made.dtype, made.device, tuple(made.shape)))
-    spec = repr(pytree.tree_map_only(fx.Node, lambda n: _Index(order[n]), (_listed(node.args), dict(node.kwargs))))
+    spec = repr(_filled((_listed(node.args), dict(node.kwargs)), lambda n: _Index(order[n])))
     return node.op, node.target, spec, tuple(metas), ambient()
 
 

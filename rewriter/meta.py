@@ -50,6 +50,10 @@ class TensorMeta:
     def ndim(self) -> int:
         return len(self.shape)
 
+    def order(self) -> tuple[int, ...]:
+        """Dimensions from the outermost to the innermost in memory."""
+        return tuple(sorted(range(self.ndim), key=lambda d: -self.stride[d]))
+
     def is_contiguous(self) -> bool:
         expected = 1
         for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):

@@ -1,7 +1,7 @@
 """Exact changes to the real graph before anything is matched: they leave every number as it is.
 
 Writes in place to a temporary that nothing else shares become the operators they are short for; casts that give their
-operand back and results that nothing reads disappear.
+operand back and results that nothing reads disappear; what is computed twice alike is computed once.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import operator
 import torch
 from torch import fx
 
-from rewriter.legality import draws_random_numbers, may_alias
+from rewriter.legality import draws_random_numbers, may_alias, written_nodes
 from rewriter.meta import example, set_example, tensor_meta
 
 aten = torch.ops.aten
@@ -29,8 +29,29 @@ def normalise(graph: fx.Graph) -> None:
         functional = _functional(node)
         if functional is not None and _is_temporary(node.args[0], node):
             _out_of_place(graph, node, functional)
+    _merge(graph)
     for node in reversed(list(graph.nodes)):
         if not node.users and _is_pure(node):
+            graph.erase_node(node)
+
+
+def _merge(graph: fx.Graph) -> None:
+    """One node for several that are the same view, or the same value without a gradient, of something never written.
+
+    Not for values with a gradient: what reaches them would be summed before, not behind, the operator's derivative.
+    """
+    written, known = written_nodes(graph), {}
+    for node in list(graph.nodes):
+        meta = tensor_meta(node)
+        if node.op != "call_function" or meta is None or node in written or not _is_pure(node):
+            continue
+        target = node.target
+        view = isinstance(target, torch._ops.OpOverload) and any(r.alias_info for r in target._schema.returns)
+        if (meta.requires_grad and not view) or any(user.op == "output" for user in node.users):
+            continue
+        key = target, repr((node.args, node.kwargs)), node.meta.get("ambient"), meta
+        if known.setdefault(key, node) is not node:
+            node.replace_all_uses_with(known[key])
             graph.erase_node(node)
 
 

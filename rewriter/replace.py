@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from rewriter.legality import Site
@@ -37,8 +38,10 @@ class LazyOutput:
     def shape_of(self, shapes: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
         """The output's shape for sources of these shapes, found by a run without data."""
         if shapes not in self._shapes:
-            empty = [torch.empty(s, dtype=d, device="meta") for s, d in zip(shapes, self.dtypes, strict=True)]
-            self._shapes[shapes] = tuple(self.module(*empty)[0].shape)
+            device = self.meta.device
+            with FakeTensorMode():
+                empty = [torch.empty(s, dtype=d, device=device) for s, d in zip(shapes, self.dtypes, strict=True)]
+                self._shapes[shapes] = tuple(self.module(*empty)[0].shape)
         return self._shapes[shapes]
 
 

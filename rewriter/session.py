@@ -58,6 +58,7 @@ class Session:
         self._breaks = _breaks()
         self.inlined: tuple[str, ...] = ()
         self.when_in_pieces: Callable[[], None] | None = None
+        self._in_pieces = False
         self._training_calls: set[frozenset[str]] = set()
         self._lock = threading.Lock()
 
@@ -81,6 +82,14 @@ class Session:
             return True
         return given in self._training_calls  # evaluation with labels: the same fused tail
 
+    def about_to_run(self, kind: str) -> None:
+        """Called before a region runs compiled. Blocks become regions here, not when the last forward has shown that
+        they should: its backward may run them again (checkpointing), and must find them as they were."""
+        if kind == "model" and self._in_pieces and torch._C._current_graph_task_id() == -1:  # in no backward
+            self._in_pieces = False
+            self.when_in_pieces()
+            self.when_in_pieces = None
+
     def ran(self, frame: context.Frame, kind: str) -> None:
         """Called after a region ran; one that ran no graph of ours fell back to its own code."""
         if frame.graphs == 0 and kind != "model":
@@ -88,9 +97,9 @@ class Session:
         if kind == "model" and self.when_in_pieces is not None:
             # Where Dynamo gave up on the outermost forward, no graph holds two blocks. Then they become regions of
             # their own, which share their graphs whatever happens around them.
-            if not any(len(record.blocks) > 1 for record in self.graphs):
-                self.when_in_pieces()
-            self.when_in_pieces = None
+            self._in_pieces = not any(len(record.blocks) > 1 for record in self.graphs)
+            if not self._in_pieces:
+                self.when_in_pieces = None
 
     def note_run(self, record: GraphRecord) -> None:
         frame = context.current()

@@ -261,7 +261,7 @@ def _sample(
         else:
             given = torch.randint(0, 2, base, generator=generator, device=meta.device)
         given = given.expand(shape)
-    order = sorted(range(meta.ndim), key=lambda d: -meta.stride[d])
+    order = meta.order()
     given = given.to(meta.device, meta.dtype)
     if not any(expanded):
         dense = given.permute(order).contiguous()

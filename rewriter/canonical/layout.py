@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -55,7 +56,8 @@ def _reshape(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
         return args[0] if meta.stride == args[0].meta.stride else shadow.add("copy", (args[0],), (), node)
     source = args[0].inputs[0] if args[0].op == "reshape" else None
     if source is not None and source.node is None and source.meta is not None and source.meta.shape == meta.shape:
-        return source  # a dimension that was dropped in the shadow only is back
+        # a dimension that was dropped in the shadow only is back
+        return shadow.add(source.op, source.inputs, source.attrs, node)
     if args[0].op == "stack" and (joined := _joined(shadow, node, args[0], meta)) is not None:
         return joined
     return shadow.add("reshape", (args[0],), (meta.shape,), node, unique=not all(meta.static))
@@ -115,6 +117,10 @@ def _slice_value(
     start, end = (max(0, min(size, x + size if x < 0 else x)) for x in (start, end))
     if (start, end, step) == (0, size, 1):
         return value
+    if value.op == "stack" and value.attrs == (dim,) and end == start + 1:
+        shape = (*value.inputs[start].meta.shape, 1) if dim == -1 and value.inputs[start].meta is not None else None
+        if shape is not None and meta.static[-1]:
+            return shadow.add("reshape", (value.inputs[start],), (shape,), node, unique=not all(meta.static))
     if not meta.static[dim]:
         return shadow.add("slice", (value,), (dim, start, end, step, "dynamic"), node, unique=True)
     shape = list(meta.shape)
@@ -183,6 +189,8 @@ def part_of_pairs(shadow: Shadow, value: Value, index: int) -> Value | None:
     meta = value.meta
     if meta is None or not meta.ndim or meta.shape[-1] != 2:
         return None
+    if value.op == "stack" and value.attrs == (-1,):
+        return value.inputs[index]
     source = _split_last(value)
     if source is not None:
         return _slice_value(shadow, None, source, -1, index, source.meta.shape[-1], 2)
@@ -282,8 +290,23 @@ def _cat(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
     parts, meta = args[0], tensor_meta(node)
     if meta is None or not all(isinstance(p, Value) for p in parts):
         return None
-    name = "stack" if node.target.overloadpacket is aten.stack else "cat"
-    return shadow.add(name, tuple(parts), (negative(args[1], meta.ndim),), node)
+    name, dim = "stack" if node.target.overloadpacket is aten.stack else "cat", negative(args[1], meta.ndim)
+    narrow = [unsqueezed(part) for part in parts]
+    if name == "cat" and dim in (-1, -2) and None not in narrow:  # of tensors with a last dimension of 1
+        if dim == -1:
+            return shadow.add("stack", tuple(narrow), (-1,), node)
+        shape, stride, static = meta.shape[:-1], meta.stride[:-1], meta.static[:-1]
+        joined = shadow.add("cat", tuple(narrow), (-1,), meta=replace(meta, shape=shape, stride=stride, static=static))
+        return shadow.add("reshape", (joined,), (meta.shape,), node, unique=not all(meta.static))
+    return shadow.add(name, tuple(parts), (dim,), node)
+
+
+def unsqueezed(value: Value) -> Value | None:
+    """Where a reshape only adds a last dimension of 1: the tensor without it."""
+    source = value.inputs[0] if value.op == "reshape" else None
+    if source is None or source.meta is None or value.meta is None or value.meta.shape != (*source.meta.shape, 1):
+        return None
+    return source
 
 
 @rule(aten.roll)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import fx
@@ -70,24 +71,35 @@ def _classes_last(logits: Value) -> Value | None:
     return None
 
 
-@rule(aten.gather)
+@rule(aten.gather, aten.take_along_dim)
 def _gather(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
     """One entry of the last dimension for each row."""
     value, dim, index = args[:3]
-    if value.meta is None or index.meta is None or negative(dim, value.meta.ndim) != -1:
+    if node.target.overloadpacket is aten.take_along_dim:
+        dim, index = index, dim
+    if value.meta is None or index.meta is None or dim is None or negative(dim, value.meta.ndim) != -1:
         return None
     if index.meta.shape != (*value.meta.shape[:-1], 1):
         return None
+    return _picked(shadow, node, value, index, ())
+
+
+def _picked(shadow: Shadow, node: fx.Node, value: Value, index: Value, attrs: tuple) -> Value:
+    """The entries of `value` at `index`: of log-probabilities, of their negatives, or of anything."""
+    if value.op == "neg":
+        picked = _picked(shadow, None, value.inputs[0], index, attrs)
+        return shadow.add("neg", (picked,), (), node)
+    meta = replace(index.meta, dtype=value.meta.dtype, requires_grad=value.meta.requires_grad)
     if value.op == "log_softmax" and value.attrs == (-1,):
-        return shadow.add("log_probability", (value.inputs[0], index), (), node)
-    return shadow.add("gather", (value, index), (), node)
+        return shadow.add("log_probability", (value.inputs[0], index), attrs, node, meta)
+    return shadow.add("gather", (value, index), attrs, node, meta)
 
 
 @rule(aten.index)
 def _index(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
-    """`log_probabilities[arange(n), target]`."""
+    """`log_probabilities[arange(n), target]`, or the same of logits."""
     value, indices = args[:2]
-    if value.op != "log_softmax" or value.attrs != (-1,) or len(indices) != 2 or tensor_meta(node) is None:
+    if value.meta is None or len(indices) != 2 or tensor_meta(node) is None:
         return None
     rows, target = indices
     if not isinstance(rows, Value) or not isinstance(target, Value) or rows.op != "opaque:arange":
@@ -95,4 +107,17 @@ def _index(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
     whole = rows.meta is not None and rows.node.args[0] is not None and len(rows.node.args) == 1
     if not whole or value.meta.ndim != 2 or rows.meta.shape != value.meta.shape[:1] or target.meta is None:
         return None
-    return shadow.add("log_probability", (value.inputs[0], target), ("row",), node)
+    return _picked(shadow, node, value, target, ("row",))
+
+
+def one_hot_loss(shadow: Shadow, node: fx.Node | None, product: Value) -> Value | None:
+    """`(one_hot(target) * log_probabilities).sum(-1)`: the logarithm of the target's probability."""
+    for table, other in (product.inputs, product.inputs[::-1]) if product.op == "mul" else ():
+        while table.op == "cast":
+            table = table.inputs[0]
+        if table.op != "opaque:one_hot" or other.op != "log_softmax" or other.attrs != (-1,):
+            continue
+        target = table.inputs[0]
+        if target.meta is not None and other.meta is not None and target.meta.shape == other.meta.shape[:-1]:
+            return _picked(shadow, node, other, target, ("row",))
+    return None

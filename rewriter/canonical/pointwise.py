@@ -47,7 +47,7 @@ def _unary(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
         return shadow.add(part.op, part.inputs, part.attrs, node)
     if packet is aten.log and args[0].op == "softmax":
         return shadow.add("log_softmax", args[0].inputs, args[0].attrs, node)
-    if packet in (aten.rsqrt, aten.sqrt) and args[0].op == "reshape" and (inner := unsqueezed(args[0])) is not None:
+    if packet in (aten.rsqrt, aten.sqrt) and args[0].op == "reshape" and (inner := before_squeeze(args[0])) is not None:
         root = shadow.add(_UNARY[packet], (inner,), (), meta=inner.meta)
         return shadow.add("reshape", (root,), args[0].attrs, node)
     rest = tuple(a for a in args[1:] if a is not None)
@@ -61,7 +61,12 @@ def _neg(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value:
 
 def negated(shadow: Shadow, value: Value, node: fx.Node | None) -> Value:
     if value.op == "neg":
-        return value.inputs[0]
+        inner = value.inputs[0]
+        if inner.node is None and node is not None:
+            return shadow.add(inner.op, inner.inputs, inner.attrs, node)
+        return inner
+    if value.op == "sub":
+        return minus(shadow, node, *value.inputs[::-1])
     return shadow.add("neg", (value,), (), node, value.meta)
 
 
@@ -158,7 +163,7 @@ def _reciprocal(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value:
 def inverse(shadow: Shadow, value: Value, node: fx.Node | None) -> Value:
     """1 / value."""
     meta = value.meta
-    if value.op == "reshape" and (squeezed := unsqueezed(value)) is not None:
+    if value.op == "reshape" and (squeezed := before_squeeze(value)) is not None:
         return shadow.add("reshape", (inverse(shadow, squeezed, None),), value.attrs, node, meta)
     if value.op == "sqrt":
         return shadow.add("rsqrt", value.inputs, (), node, meta)
@@ -206,8 +211,10 @@ def _addcmul(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
 
 
 def plus(shadow: Shadow, node: fx.Node | None, left: Value, right: Value) -> Value:
+    if left.op == right.op == "neg":
+        return negated(shadow, plus(shadow, None, left.inputs[0], right.inputs[0]), node)
     for a, b in ((left, right), (right, left)):
-        if a.op == "reshape" and b.op == "const" and (squeezed := unsqueezed(a)) is not None:
+        if a.op == "reshape" and b.op == "const" and (squeezed := before_squeeze(a)) is not None:
             return shadow.add("reshape", (plus(shadow, None, squeezed, b),), a.attrs, node, a.meta)
         if a.op == "linear" and len(a.inputs) == 2 and b.op == "input" and _is_bias(a, b):
             return shadow.add("linear", (*a.inputs, b), (), node, a.meta)
@@ -216,7 +223,7 @@ def plus(shadow: Shadow, node: fx.Node | None, left: Value, right: Value) -> Val
     return shadow.add("add", (left, right), (), node, meta=_widest(left, right))
 
 
-def unsqueezed(value: Value) -> Value | None:
+def before_squeeze(value: Value) -> Value | None:
     """Where a reshape only drops a last dimension of size 1: the tensor that still has it."""
     source = value.inputs[0]
     if source.meta is None or value.meta is None or source.meta.shape != (*value.meta.shape, 1):
@@ -246,12 +253,24 @@ def log_probability(shadow: Shadow, node: fx.Node | None, left: Value, right: Va
         source, kept = normaliser.inputs[0], right.op == "reshape" or normaliser.attrs[1]
         if kept and left.number == source.number:
             return shadow.add("log_softmax", (source,), (-1,), node, left.meta)
-        if left.op == "gather" and left.inputs[0].number == source.number and kept:
-            return shadow.add("log_probability", left.inputs, (), node, left.meta)
+        if left.op == "gather" and left.inputs[0].number == source.number and kept == (not left.attrs):
+            return shadow.add("log_probability", left.inputs, left.attrs, node, left.meta)
+        picked = left.inputs[0] if left.op == "reshape" else left
+        if picked.op == "gather" and picked.inputs[0].number == source.number and not kept:
+            loss = shadow.add("token_loss", picked.inputs, (), meta=right.meta)
+            return shadow.add("neg", (loss,), (), node, right.meta)
     # the loss itself, the other way round: lse - z[target]
-    if left.op == "logsumexp" and left.attrs == ((-1,), False) and right.op == "reshape":
-        picked = right.inputs[0]
-        if picked.op == "gather" and picked.inputs[0].number == left.inputs[0].number:
+    if left.op == "logsumexp" and left.attrs[0] == (-1,):
+        picked = right.inputs[0] if right.op == "reshape" else right
+        if picked.op != "gather" or picked.inputs[0].number != left.inputs[0].number:
+            return None
+        if picked.attrs and right is picked and not left.attrs[1]:
+            value = shadow.add("log_probability", picked.inputs, picked.attrs, meta=left.meta)
+            return shadow.add("neg", (value,), (), node, left.meta)
+        if not picked.attrs and (right is picked) == left.attrs[1]:
+            if left.attrs[1]:
+                value = shadow.add("log_probability", picked.inputs, (), meta=picked.meta)
+                return shadow.add("neg", (value,), (), node, picked.meta)
             return shadow.add("token_loss", picked.inputs, (), node, left.meta)
     return None
 
@@ -274,9 +293,9 @@ def product(shadow: Shadow, node: fx.Node | None, left: Value, right: Value) -> 
     for a, b in ((left, right), (right, left)):
         if b.op == "const" and b.const == 1.0 and (node is None or tensor_meta(node) == a.meta):
             return a
-        if a.op == "reshape" and b.op == "const" and (squeezed := unsqueezed(a)) is not None:
+        if a.op == "reshape" and b.op == "const" and (squeezed := before_squeeze(a)) is not None:
             return shadow.add("reshape", (product(shadow, None, squeezed, b),), a.attrs, node, a.meta)
-        if a.op == "neg" and b.op != "const":  # signs move outwards, so that `a + (-b) * c` is a difference
+        if a.op == "neg":  # signs move outwards, so that `a + (-b) * c` is a difference
             return negated(shadow, product(shadow, None, a.inputs[0], b), node)
         if b.op == "const" and b.const == -1.0:
             return negated(shadow, a, node)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import fx
 
+from rewriter.canonical.losses import one_hot_loss
 from rewriter.canonical.table import TRANSPARENT, aten, cast, negative, rule
 from rewriter.meta import TensorMeta, tensor_meta
 from rewriter.shadow import Shadow, Value
@@ -36,6 +38,10 @@ def reduction(
 ) -> Value:
     """A mean or sum; over the last dimension it keeps it, and a model that doesn't drops it afterwards."""
     meta = value.meta
+    if value.op == "neg" and meta is not None:
+        return shadow.add("neg", (reduction(shadow, None, name, value.inputs[0], dims, keepdim),), (), node, meta)
+    if name == "sum" and dims == (-1,) and not keepdim and (loss := one_hot_loss(shadow, node, value)) is not None:
+        return loss
     if keepdim or dims != (-1,) or not all(meta.static):
         return shadow.add(name, (value,), (dims, keepdim), node)
     kept = TensorMeta((*meta.shape[:-1], 1), meta.stride, meta.dtype, meta.device, meta.requires_grad, meta.static)
@@ -63,22 +69,30 @@ def largest(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
 
 @rule(aten.var, aten.std, aten.var_mean)
 def _variance(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
-    """The biased variance as the mean of the squared distance from the mean; the unbiased one stays opaque."""
+    """The biased variance as the mean of the squared distance from the mean, the unbiased one as a multiple of that."""
     value, packet = args[0], node.target.overloadpacket
     if value.meta is None or len(args) < 4:
         return None
     by_flag = (
         node.target._overloadname == "dim"
     )  # (self, dim, unbiased, keepdim), else (self, dim, correction, keepdim)
-    biased = args[2] is False if by_flag else args[2] == 0
-    if not biased:
+    correction = int(args[2] is not False) if by_flag else 1 if args[2] is None else args[2]
+    if correction not in (0, 1):
         return None
     dims, keepdim = _dims(args[1], value.meta.ndim), bool(args[3])
     mean = shadow.add("mean", (value,), (dims, True))
     squares = shadow.add("square", (shadow.add("sub", (value, mean), meta=value.meta),), meta=value.meta)
-    if packet is aten.var:
+    count = math.prod(value.meta.shape[d] for d in dims)
+    if correction and (count < 2 or not all(value.meta.static[d] for d in dims)):
+        return None
+    if packet is aten.var and not correction:
         return reduction(shadow, node, "mean", squares, dims, keepdim)
     variance = shadow.add("mean", (squares,), (dims, keepdim), meta=tensor_meta(node))
+    if correction:
+        larger = variance, shadow.const(count / (count - 1))
+        variance = shadow.add("mul", larger, (), node if packet is aten.var else None, tensor_meta(node))
+    if packet is aten.var:
+        return variance
     if packet is aten.std:
         return shadow.add("sqrt", (variance,), (), node)
     return shadow.add("results", (variance, shadow.add("mean", (value,), (dims, keepdim))), (), node)

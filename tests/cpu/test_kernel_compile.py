@@ -17,7 +17,15 @@ from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from rewriter.kernels import cross_entropy, glu, layer_norm, linear_cross_entropy, rms_norm, rotary  # noqa: E402
+from rewriter.kernels import (  # noqa: E402
+    attention,
+    cross_entropy,
+    glu,
+    layer_norm,
+    linear_cross_entropy,
+    rms_norm,
+    rotary,
+)
 
 TYPES = {
     torch.bfloat16: "*bf16",
@@ -25,7 +33,9 @@ TYPES = {
     torch.float32: "*fp32",
     torch.float64: "*fp64",
     torch.int64: "*i64",
+    torch.bool: "*i1",
 }
+SHARED_MEMORY = {80: 163, 89: 99, 90: 227}  # KiB that a program can have
 
 
 def rms_norm_launches(width, dtype):
@@ -44,9 +54,9 @@ def layer_norm_launches(width, dtype, **options):
     layer_norm.layer_norm(x, w, b, 1e-6, **options).backward(torch.ones_like(x))
 
 
-def add_layer_norm_launches(width, dtype):
+def add_layer_norm_launches(width, dtype, **options):
     x, r, w, b = (torch.ones(*shape, width, dtype=dtype, requires_grad=True) for shape in ((64,), (64,), (), ()))
-    out = layer_norm.add_layer_norm(x, r, w, b, 1e-6)
+    out = layer_norm.add_layer_norm(x, r, w, b, 1e-6, **options)
     torch.autograd.backward(out, [torch.ones_like(t) for t in out])
 
 
@@ -80,6 +90,19 @@ def linear_cross_entropy_launches(classes, dtype, **options):
     linear_cross_entropy.linear_cross_entropy(x, w, target, **options).sum().backward()
 
 
+def attention_launches(width, dtype, bias=None, sink=False, keep=False, keys=256, **options):
+    q, k, v = (
+        torch.ones(2, n, heads, width, dtype=dtype).transpose(1, 2).requires_grad_()
+        for n, heads in ((256, 4), (keys, 2), (keys, 2))
+    )
+    if bias is not None:
+        bias = torch.ones(2, 1, 256, keys, dtype=bias, requires_grad=bias.is_floating_point)
+    attention.attention(
+        q, k, v, bias=bias, sink=torch.ones(4, requires_grad=True) if sink else None,
+        keep=torch.ones(2, 4, 256, keys, dtype=torch.bool) if keep else None, **options,
+    ).sum().backward()  # fmt: skip
+
+
 CASES = {
     "rms_norm of heads": lambda dtype: rms_norm_launches(128, dtype),
     "rms_norm 1536": lambda dtype: rms_norm_launches(1536, dtype),
@@ -89,16 +112,38 @@ CASES = {
     "add_rms_norm 1536": lambda dtype: add_rms_norm_launches(1536, dtype),
     "add_rms_norm 8192, all options": lambda dtype: add_rms_norm_launches(8192, dtype, scale=0.5, floor=0.1),
     "add_rms_norm 32768, all options": lambda dtype: add_rms_norm_launches(32768, dtype, scale=0.5, floor=0.1),
+    "add_rms_norm 8192, outside": lambda dtype: add_rms_norm_launches(8192, dtype, scale=0.5, outside=0.1),
+    "add_rms_norm 32768, outside": lambda dtype: add_rms_norm_launches(32768, dtype, scale=0.5, outside=0.1),
     "layer_norm 768": lambda dtype: layer_norm_launches(768, dtype),
     "layer_norm 8192": lambda dtype: layer_norm_launches(8192, dtype, offset=1.0, round_before_weight=True),
     "add_layer_norm 128": lambda dtype: add_layer_norm_launches(128, dtype),
     "add_layer_norm 8192": lambda dtype: add_layer_norm_launches(8192, dtype),
     "add_layer_norm 32768": lambda dtype: add_layer_norm_launches(32768, dtype),
+    "add_layer_norm 8192, all options": lambda dtype: add_layer_norm_launches(
+        8192, dtype, offset=1.0, round_before_weight=True, scale=0.5, outside=0.1
+    ),
+    "add_layer_norm 32768, all options": lambda dtype: add_layer_norm_launches(
+        32768, dtype, offset=1.0, round_before_weight=True, scale=0.5, outside=0.1
+    ),
     "rotary 128": lambda dtype: rotary_launches(128, dtype),
     "rotary 64, interleaved": lambda dtype: rotary_launches(64, dtype, interleaved=True),
     **{f"glu {name}": lambda dtype, name=name: glu_launches(8960, dtype, name) for name in glu.ACTIVATIONS},
     "glu clamped": lambda dtype: glu_clamped_launches(2880, dtype, interleaved=False),
     "glu clamped, interleaved": lambda dtype: glu_clamped_launches(2880, dtype, interleaved=True),
+    **{
+        f"attention {width}, {name}": lambda dtype, width=width, options=options: attention_launches(
+            width, dtype, **options
+        )
+        for width in (64, 128)
+        for name, options in {
+            "softcap": dict(softcap=50.0, is_causal=True),
+            "sink": dict(sink=True, is_causal=True),
+            "visible": dict(bias=torch.bool),
+            "visible, odd": dict(bias=torch.bool, keys=251),
+            "bias": dict(bias=torch.float32, softcap=50.0),
+        }.items()
+    },
+    "attention 80, keep": lambda dtype: attention_launches(80, dtype, keep=True, dropout=0.1),
     "loss of logits": lambda dtype: cross_entropy_launches(151936, dtype),
     "loss of logits, all options": lambda dtype: cross_entropy_launches(
         50257, dtype, weighted=True, softcap=30.0, label_smoothing=0.1, z_loss=1e-4
@@ -120,7 +165,7 @@ def launches(monkeypatch):
         recorded.append((kernel, arguments, keywords))
 
     monkeypatch.setattr(JITFunction, "run", run)
-    for family in (cross_entropy, glu, layer_norm, rms_norm, rotary):
+    for family in (attention, cross_entropy, glu, layer_norm, rms_norm, rotary):
         monkeypatch.setattr(family, "use_triton", lambda x: True)
     return recorded
 
@@ -157,7 +202,8 @@ def spilled_bytes(ptx, capability, folder):
     "capability, dtype", [(90, torch.bfloat16), (90, torch.float32), (89, torch.bfloat16), (80, torch.bfloat16)]
 )
 @pytest.mark.parametrize("case", CASES)
-def test_compiles_without_spills(case, capability, dtype, launches, tmp_path):
+def test_compiles_without_spills(case, capability, dtype, launches, monkeypatch, tmp_path):
+    monkeypatch.setattr(attention, "has_warpgroups", lambda x: capability == 90)
     CASES[case](dtype)
     assert launches
     for kernel, arguments, keywords in launches:
@@ -165,12 +211,13 @@ def test_compiles_without_spills(case, capability, dtype, launches, tmp_path):
         compiled = triton.compile(
             source(kernel, arguments, keywords), target=GPUTarget("cuda", capability, 32), options=options
         )
+        assert compiled.metadata.shared <= SHARED_MEMORY[capability] << 10, kernel.__name__
         assert spilled_bytes(compiled.asm["ptx"], capability, tmp_path) == 0, kernel.__name__
 
 
 def test_every_kernel_is_compiled(launches):
     for case in CASES.values():
         case(torch.bfloat16)
-    families = (cross_entropy, glu, layer_norm, rms_norm, rotary)
+    families = (attention, cross_entropy, glu, layer_norm, rms_norm, rotary)
     kernels = {f.__name__ for m in families for f in vars(m).values() if isinstance(f, JITFunction)}
     assert {k for k in kernels if k.endswith("_kernel")} == {kernel.__name__ for kernel, *_ in launches}

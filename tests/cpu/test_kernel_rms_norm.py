@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import BEHAVIOURS, compare, eager_rms_norm, strided
+from numerics import BEHAVIOURS, assert_near_truth, compare, eager_rms_norm, strided, wide
 
 from rewriter.kernels.rms_norm import add_rms_norm, rms_norm
 
@@ -39,6 +39,29 @@ def both_floored(floor):
         return rms_norm(x, None, 0.0, scale=1 / root, floor=floor / root)
 
     return new, lambda x: F.normalize(x, dim=-1, eps=floor)
+
+
+def both_outside(outside, eps=0.0, scale=1.0, offset=0.0, round_before_weight=False):
+    """x / (rms(x) + outside), by the norm where eps is 0, as Zhang and Sennrich's code has it: zeros give no NaN."""
+    options = dict(scale=scale, offset=offset, round_before_weight=round_before_weight, outside=outside)
+
+    def old(x, w):
+        h, root = wide(x), x.shape[-1] ** 0.5
+        rms = (h.square().mean(-1, keepdim=True) + eps).sqrt() if eps else h.norm(2, -1, keepdim=True) / root
+        n = scale * h / (rms + outside)
+        n = wide(n.to(x.dtype)) if round_before_weight else n
+        return (n if w is None else n * (offset + wide(w))).to(x.dtype)
+
+    return lambda x, w: rms_norm(x, w, eps, **options), old
+
+
+def both_outside_added(outside, **options):
+    _, old = both_outside(outside, **options)
+
+    def new(x, r, w):
+        return add_rms_norm(x, r, w, 0.0, outside=outside, **options)
+
+    return new, lambda x, r, w: (old(x + r, w), x + r)
 
 
 def rows_around_the_floor(*shape, **options):
@@ -110,9 +133,40 @@ def test_floor_of_normalize():
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("options", [{}, {"eps": 0.1}, {"scale": 0.3, "offset": 1.0, "round_before_weight": True}])
+def test_outside(dtype, options):
+    x = rows_around_the_floor(3, 7, 33, dtype=dtype)
+    compare(*both_outside(0.5, **options), [x, strided(33, dtype=dtype, seed=2)])
+    compare(*both_outside(0.5, **options), [x, None])
+
+
+def test_outside_of_rows_from_nothing_to_one():
+    """Row by row, as their gradients lie eight orders apart; zeros get g / outside."""
+    x = strided(6, 33, grad=False) * torch.tensor([0, 1e-12, 1e-8, 1e-6, 1e-4, 1]).unsqueeze(1)
+    w, dy = strided(33, seed=2, grad=False), strided(6, 33, seed=4, grad=False)
+    new, old = both_outside(1e-8)
+    results = []
+    for f, dtype in ((new, torch.float32), (old, torch.float32), (old, torch.float64)):
+        leaf = x.to(dtype).requires_grad_()
+        y = f(leaf, w.to(dtype))
+        results.append([y.detach(), *torch.autograd.grad(y, leaf, dy.to(dtype))])
+    for name, *tensors in zip(("output", "gradient"), *results, strict=True):
+        for i, row in enumerate(zip(*tensors, strict=True)):
+            assert_near_truth(*row, f"{name} of row {i}", torch.float32)
+
+
 def test_negative_floor_is_named():
     with pytest.raises(ValueError, match="floor must be at least 0"):
         rms_norm(torch.zeros(2, 4), None, 1e-6, floor=-1.0)
+
+
+def test_wrong_outside_is_named():
+    x = torch.zeros(2, 4)
+    with pytest.raises(ValueError, match="outside must be at least 0"):
+        rms_norm(x, None, 1e-6, outside=-1.0)
+    with pytest.raises(ValueError, match="one of floor and outside must be 0"):
+        add_rms_norm(x, x, None, 1e-6, floor=0.1, outside=0.1)
 
 
 @pytest.mark.parametrize("x, residual", [("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float16")])
@@ -134,6 +188,15 @@ def test_sum_with_scale_and_floor():
     compare(lambda *t: add_rms_norm(*t, 0.0, **options), old, [x, r.requires_grad_(), strided(33, seed=2)])
 
 
+@pytest.mark.parametrize("x, residual", [("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32")])
+@pytest.mark.parametrize("options", [{}, {"scale": 0.3, "offset": 1.0, "round_before_weight": True}])
+def test_sum_with_outside(x, residual, options):
+    x = rows_around_the_floor(3, 7, 33, dtype=getattr(torch, x))
+    r = strided(3, 7, 33, dtype=getattr(torch, residual), grad=False, seed=3)
+    r[..., :2, :] = 0
+    compare(*both_outside_added(0.5, **options), [x, r.requires_grad_(), strided(33, seed=2)])
+
+
 @pytest.mark.parametrize("output", [0, 1])
 def test_gradient_of_one_output_only(output):
     inputs = [strided(3, 33), strided(3, 33, seed=3), strided(33, seed=2)]
@@ -151,7 +214,11 @@ def test_autocast_leaves_the_computation_in_float32():
 
 @pytest.mark.parametrize("behaviour", BEHAVIOURS)
 def test_behaviour(behaviour):
-    behaviour(lambda x, w: rms_norm(x, w, 1e-6), lambda n: [strided(2, n, 3, 16, order=(0, 2, 1, 3)), strided(16)])
+    def build(n):
+        return [strided(2, n, 3, 16, order=(0, 2, 1, 3)), strided(16)]
+
+    behaviour(lambda x, w: rms_norm(x, w, 1e-6), build)
+    behaviour(lambda x, w: rms_norm(x, w, 0.0, outside=1e-8), build)
 
 
 @pytest.mark.parametrize("behaviour", BEHAVIOURS)
@@ -166,12 +233,14 @@ def test_operators_are_well_defined():
     ops = torch.ops.rewriter
     x, w = strided(3, 5, 8, order=(1, 0, 2), grad=False), strided(8, grad=False)
     r = strided(3, 5, 8, grad=False, seed=3)
-    options = (1e-6, 0.0, 0.5, 0.1, False, torch.float32)
-    torch.library.opcheck(ops.rms_norm_forward, (x, w, *options))
-    torch.library.opcheck(ops.add_rms_norm_forward, (x, r, w, *options))
-    y, s, rstd = ops.add_rms_norm_forward(x, r, w, *options)
-    for ds, need_dw in ((None, False), (y, True)):
-        torch.library.opcheck(ops.rms_norm_backward, (y, ds, s, w, rstd, 0.0, 0.5, 0.1, False, True, need_dw))
+    for floor, outside in ((0.1, 0.0), (0.0, 0.1)):
+        options = (1e-6, 0.0, 0.5, floor, outside, False, torch.float32)
+        torch.library.opcheck(ops.rms_norm_forward, (x, w, *options))
+        torch.library.opcheck(ops.add_rms_norm_forward, (x, r, w, *options))
+        y, s, rstd = ops.add_rms_norm_forward(x, r, w, *options)
+        for ds, need_dw in ((None, False), (y, True)):
+            options = (0.0, 0.5, floor, outside, False, True, need_dw)
+            torch.library.opcheck(ops.rms_norm_backward, (y, ds, s, w, rstd, *options))
 
 
 def test_wrong_weight_is_named():

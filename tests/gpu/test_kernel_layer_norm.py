@@ -69,6 +69,27 @@ def test_sum(x, residual, options, width):
     compare(*both_added(**options), [*inputs, *vectors(width)])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [2, 64, 1000, 5001, 32768])
+def test_scale_and_outside(dtype, width):
+    """(x - mean) / (std(x) + outside) with a row of equal numbers and one of small differences, alone and of a sum."""
+    x, (w, b) = tensor(257, width, dtype=dtype, grad=False), vectors(width, dtype)
+    x[0], x[1] = 3, x[1] * 1e-2
+    k = (width / (width - 1)) ** 0.5
+
+    def old(x, w, b):
+        h = wide(x)
+        return ((h - h.mean(-1, keepdim=True)) / (h.std(-1, keepdim=True) + 0.5) * wide(w) + wide(b)).to(x.dtype)
+
+    options = dict(scale=1 / k, outside=0.5 / k)
+    compare(lambda x, w, b: layer_norm(x, w, b, 0.0, **options), old, [x.requires_grad_(), w, b])
+    compare(
+        lambda x, r, w, b: add_layer_norm(x, r, w, b, 0.0, **options),
+        lambda x, r, w, b: (old(x + r, w, b), x + r),
+        [x, torch.zeros_like(x).requires_grad_(), w, b],
+    )
+
+
 @pytest.mark.parametrize("width", [33, 768, 5001, 32768])
 def test_large_mean(width):
     """Half of the last row has another mean: where it is wider than a tile, the moments of its tiles must combine."""
@@ -101,3 +122,4 @@ def test_behaviour(behaviour):
 
     behaviour(lambda x, w, b: layer_norm(x, w, b, 1e-6), lambda n: [t for i, t in enumerate(build(n)) if i != 1])
     behaviour(lambda x, r, w, b: add_layer_norm(x, r, w, b, 1e-6), build)
+    behaviour(lambda x, r, w, b: add_layer_norm(x, r, w, b, 0.0, scale=0.9, outside=1e-6), build)

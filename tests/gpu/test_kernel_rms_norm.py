@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import BEHAVIOURS, compare, compiles_inductor, eager_rms_norm, strided, upstream_like
+from numerics import BEHAVIOURS, compare, compiles_inductor, eager_rms_norm, strided, upstream_like, wide
 
 from rewriter.kernels.rms_norm import add_rms_norm, rms_norm
 
@@ -59,6 +59,26 @@ def test_scale_and_floor(dtype, width):
     )
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 64, 1000, 5001, 32768])
+def test_outside(dtype, width):
+    """x / (rms(x) + outside) with rows of zeros, small and large ones, alone and of a sum."""
+    x, w = tensor(257, width, dtype=dtype, grad=False), tensor(width, dtype=dtype, seed=2)
+    x[0], x[1] = 0, x[1] * 1e-2
+
+    def old(x, w):
+        h, root = wide(x), x.shape[-1] ** 0.5
+        return (h / (h.norm(2, -1, keepdim=True) / root + 0.5) * (1.0 + wide(w))).to(x.dtype)
+
+    options = dict(offset=1.0, outside=0.5)
+    compare(lambda x, w: rms_norm(x, w, 0.0, **options), old, [x.requires_grad_(), w])
+    compare(
+        lambda x, r, w: add_rms_norm(x, r, w, 0.0, **options),
+        lambda x, r, w: (old(x + r, w), x + r),
+        [x, torch.zeros_like(x).requires_grad_(), w],
+    )
+
+
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3), (0, 1, 3, 2)])
 @pytest.mark.parametrize("kind", ["dense", "expanded", "strided"])
 def test_layouts(order, kind):
@@ -100,7 +120,11 @@ def test_offsets_pass_32_bits():
 
 @pytest.mark.parametrize("behaviour", [*BEHAVIOURS, compiles_inductor])
 def test_behaviour(behaviour):
-    behaviour(lambda x, w: rms_norm(x, w, 1e-6), lambda n: [tensor(2, n, 3, 16, order=(0, 2, 1, 3)), tensor(16)])
+    def build(n):
+        return [tensor(2, n, 3, 16, order=(0, 2, 1, 3)), tensor(16)]
+
+    behaviour(lambda x, w: rms_norm(x, w, 1e-6), build)
+    behaviour(lambda x, w: rms_norm(x, w, 0.0, outside=1e-8), build)
 
 
 @pytest.mark.parametrize("behaviour", [*BEHAVIOURS, compiles_inductor])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import compare, fakes, strided, wide
+from numerics import assert_near_truth, compare, fakes, strided, wide
 
 from rewriter.kernels.common import use_triton
 from rewriter.kernels.layer_norm import add_layer_norm, layer_norm
@@ -11,10 +11,10 @@ from rewriter.kernels.layer_norm import add_layer_norm, layer_norm
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
-def eager(x, w, b, offset=0.0, round_before_weight=False, out_dtype=None):
+def eager(x, w, b, offset=0.0, round_before_weight=False, out_dtype=None, scale=1.0):
     h = wide(x)
     d = h - h.mean(-1, keepdim=True)
-    n = d * torch.rsqrt(d.square().mean(-1, keepdim=True) + 1e-6)
+    n = scale * d * torch.rsqrt(d.square().mean(-1, keepdim=True) + 1e-6)
     n = wide(n.to(x.dtype)) if round_before_weight else n
     n = n if w is None else n * (offset + wide(w))
     return (n if b is None else n + wide(b)).to(out_dtype or x.dtype)
@@ -31,8 +31,46 @@ def both_added(**options):
     return lambda x, r, w, b: add_layer_norm(x, r, w, b, 1e-6, **options), old
 
 
+def both_outside(outside, eps=0.0, offset=0.0, round_before_weight=False):
+    """(x - mean) / (std(x) + outside), of the unbiased std where eps is 0, as The Annotated Transformer has it."""
+    options = dict(offset=offset, round_before_weight=round_before_weight)
+
+    def new(x, w, b):
+        k = 1.0 if eps else (x.shape[-1] / (x.shape[-1] - 1)) ** 0.5
+        return layer_norm(x, w, b, eps, scale=1 / k, outside=outside / k, **options)
+
+    def old(x, w, b):
+        h = wide(x)
+        d = h - h.mean(-1, keepdim=True)
+        std = (d.square().mean(-1, keepdim=True) + eps).sqrt() if eps else h.std(-1, keepdim=True)
+        n = d / (std + outside)
+        n = wide(n.to(x.dtype)) if round_before_weight else n
+        n = n if w is None else n * (offset + wide(w))
+        return (n if b is None else n + wide(b)).to(x.dtype)
+
+    return new, old
+
+
+def both_outside_added(outside, **options):
+    _, old = both_outside(outside, **options)
+
+    def new(x, r, w, b):
+        k = (x.shape[-1] / (x.shape[-1] - 1)) ** 0.5
+        return add_layer_norm(x, r, w, b, 0.0, scale=1 / k, outside=outside / k, **options)
+
+    return new, lambda x, r, w, b: (old(x + r, w, b), x + r)
+
+
 def vectors(n, dtype=torch.float32, weight=True, bias=True):
     return [strided(n, dtype=dtype, seed=seed) if wanted else None for seed, wanted in ((2, weight), (3, bias))]
+
+
+def flat_and_small_rows(*shape, **options):
+    """A row of equal numbers, one of small differences, and others."""
+    x = strided(*shape, grad=False, **options)
+    x[..., 0, :] = 3
+    x[..., 1, :] *= 1e-2
+    return x.requires_grad_()
 
 
 def test_triton_is_what_runs():
@@ -40,7 +78,7 @@ def test_triton_is_what_runs():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", [{}, {"offset": 1.0}, {"round_before_weight": True}])
+@pytest.mark.parametrize("options", [{}, {"offset": 1.0}, {"scale": 0.3, "round_before_weight": True}])
 @pytest.mark.parametrize("weight, bias", [(True, True), (True, False), (False, True), (False, False)])
 def test_numbers(dtype, options, weight, bias):
     compare(*both(**options), [strided(3, 7, 65, dtype=dtype), *vectors(65, dtype, weight, bias)])
@@ -100,6 +138,43 @@ def test_slices_and_expansions():
 def test_sum(x, residual, options):
     inputs = [strided(3, 7, 33, dtype=getattr(torch, x)), strided(3, 7, 33, dtype=getattr(torch, residual), seed=4)]
     compare(*both_added(**options), [*inputs, *vectors(33)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("options", [{}, {"eps": 0.1}, {"offset": 1.0, "round_before_weight": True}])
+def test_outside(dtype, options):
+    for width in (2, 33, 8193, 16389) if dtype is torch.float32 else (33,):
+        compare(*both_outside(0.5, **options), [flat_and_small_rows(3, width, dtype=dtype), *vectors(width, dtype)])
+
+
+@pytest.mark.parametrize("round_before_weight", [False, True])
+def test_scale(round_before_weight):
+    for width in (33, 8193, 16389):
+        options = dict(scale=0.3, round_before_weight=round_before_weight)
+        compare(*both(**options), [strided(3, width), *vectors(width)])
+
+
+def test_outside_of_rows_from_nothing_to_one():
+    """Row by row, as their gradients lie six orders apart; zeros get (g - mean(g)) / outside."""
+    x = strided(6, 33, grad=False) * torch.tensor([0, 1e-10, 1e-6, 1e-4, 1e-2, 1]).unsqueeze(1)
+    dy = strided(6, 33, seed=4, grad=False)
+    new, old = both_outside(1e-6)
+    results = []
+    for f, dtype in ((new, torch.float32), (old, torch.float32), (old, torch.float64)):
+        leaf = x.to(dtype).requires_grad_()
+        y = f(leaf, None, None)
+        results.append([y.detach(), *torch.autograd.grad(y, leaf, dy.to(dtype))])
+    for name, *tensors in zip(("output", "gradient"), *results, strict=True):
+        for i, row in enumerate(zip(*tensors, strict=True)):
+            assert_near_truth(*row, f"{name} of row {i}", torch.float32)
+
+
+@pytest.mark.parametrize("width", [33, 8193])
+def test_sum_with_outside(width):
+    x, r = flat_and_small_rows(3, width), strided(3, width, grad=False, seed=4)
+    r[:2] = 0
+    compare(*both_outside_added(0.5, offset=1.0), [x, r.requires_grad_(), *vectors(width)])
+    compare(*both_outside_added(0.5), [x, r, None, None])
 
 
 @pytest.mark.parametrize("output", [0, 1])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import compare, eager_rms_norm, fakes, strided
+from numerics import assert_near_truth, compare, eager_rms_norm, fakes, strided, wide
 
 from rewriter.kernels.common import use_triton
 from rewriter.kernels.rms_norm import add_rms_norm, rms_norm
@@ -40,6 +40,29 @@ def both_floored(floor):
         return rms_norm(x, None, 0.0, scale=1 / root, floor=floor / root)
 
     return new, lambda x: F.normalize(x, dim=-1, eps=floor)
+
+
+def both_outside(outside, eps=0.0, scale=1.0, offset=0.0, round_before_weight=False):
+    """x / (rms(x) + outside), by the norm where eps is 0, as Zhang and Sennrich's code has it: zeros give no NaN."""
+    options = dict(scale=scale, offset=offset, round_before_weight=round_before_weight, outside=outside)
+
+    def old(x, w):
+        h, root = wide(x), x.shape[-1] ** 0.5
+        rms = (h.square().mean(-1, keepdim=True) + eps).sqrt() if eps else h.norm(2, -1, keepdim=True) / root
+        n = scale * h / (rms + outside)
+        n = wide(n.to(x.dtype)) if round_before_weight else n
+        return (n if w is None else n * (offset + wide(w))).to(x.dtype)
+
+    return lambda x, w: rms_norm(x, w, eps, **options), old
+
+
+def both_outside_added(outside, **options):
+    _, old = both_outside(outside, **options)
+
+    def new(x, r, w):
+        return add_rms_norm(x, r, w, 0.0, outside=outside, **options)
+
+    return new, lambda x, r, w: (old(x + r, w), x + r)
 
 
 def rows_around_the_floor(*shape, **options):
@@ -96,6 +119,37 @@ def test_floor_of_normalize():
     for a, b in zip(torch.autograd.grad(new, x, dy)[0], torch.autograd.grad(old, x, dy)[0], strict=True):
         assert torch.isfinite(a).all() and a.norm() > 0
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("options", [{}, {"eps": 0.1}, {"scale": 0.3, "offset": 1.0, "round_before_weight": True}])
+def test_outside(dtype, options):
+    for width in (1, 33, 8193, 16389) if dtype is torch.float32 else (33,):
+        x = rows_around_the_floor(3, width, dtype=dtype)
+        compare(*both_outside(0.5, **options), [x, strided(width, dtype=dtype, seed=2)])
+
+
+def test_outside_of_rows_from_nothing_to_one():
+    """Row by row, as their gradients lie eight orders apart; zeros get g / outside."""
+    x = strided(6, 33, grad=False) * torch.tensor([0, 1e-12, 1e-8, 1e-6, 1e-4, 1]).unsqueeze(1)
+    w, dy = strided(33, seed=2, grad=False), strided(6, 33, seed=4, grad=False)
+    new, old = both_outside(1e-8)
+    results = []
+    for f, dtype in ((new, torch.float32), (old, torch.float32), (old, torch.float64)):
+        leaf = x.to(dtype).requires_grad_()
+        y = f(leaf, w.to(dtype))
+        results.append([y.detach(), *torch.autograd.grad(y, leaf, dy.to(dtype))])
+    for name, *tensors in zip(("output", "gradient"), *results, strict=True):
+        for i, row in enumerate(zip(*tensors, strict=True)):
+            assert_near_truth(*row, f"{name} of row {i}", torch.float32)
+
+
+@pytest.mark.parametrize("width", [33, 8193])
+def test_sum_with_outside(width):
+    x, r = rows_around_the_floor(3, width), strided(3, width, grad=False, seed=3)
+    r[:2] = 0
+    compare(*both_outside_added(0.5, offset=1.0), [x, r.requires_grad_(), strided(width, seed=2)])
+    compare(*both_outside_added(0.5), [x, r, None])
 
 
 @pytest.mark.parametrize("width", [33, 8193])

@@ -63,6 +63,9 @@ NORMS = {
         lambda x, w: x * torch.rsqrt((torch.einsum("btd,btd->bt", x, x) / D).unsqueeze(-1) + 1e-6) * w,
         [x(), w()],
     ),
+    "eps outside the root": (lambda x, w: w * x / (square_mean(x).sqrt() + 1e-3), [x(), w()]),
+    "norm and eps outside": (lambda x, w: x / (x.norm(2, dim=-1, keepdim=True) * D**-0.5 + 1e-3) * w, [x(), w()]),
+    "one gain": (lambda x, w: x * torch.rsqrt(square_mean(x) + 1e-6) * w, [x(), torch.tensor(1.3)]),
     "in place": (lambda x, w: (x * 1).mul_(torch.rsqrt(square_mean(x) + 1e-6)).mul_(w), [x(), w()]),
     "library": (lambda x, w: F.rms_norm(x, (D,), w, 1e-5), [x(), w()]),
 }
@@ -87,6 +90,12 @@ LAYER_NORMS = {
     "centred square": (lambda x, w, b: b + w * (centre(x) * (square_mean(centre(x)) + 1e-5).rsqrt()), [x(), w(), w()]),
     "var_mean": (by_var_mean, [x(), w(), w()]),
     "shifted": (lambda x, w, b: centre(x) / (biased(x, correction=0) + 1e-5) ** 0.5 * (1 + w) + b, [x(), w(), w()]),
+    "deviation": (lambda x, w, b: w * centre(x) / (x.std(-1, keepdim=True) + 1e-3) + b, [x(), w(), w()]),
+    "biased deviation": (
+        lambda x, w, b: centre(x) / (x.std(-1, keepdim=True, unbiased=False) + 1e-3) * w + b,
+        [x(), w(), w()],
+    ),
+    "unbiased": (lambda x, w, b: centre(x) / torch.sqrt(biased(x) + 1e-3) * w + b, [x(), w(), w()]),
     "no weight": (lambda x: centre(x) * torch.rsqrt(biased(x, correction=0) + 1e-5), [x()]),
 }
 
@@ -148,7 +157,40 @@ def part_of_it(x):
     return torch.cat((turned * COS[:, :8] + other * SIN[:, :8], rest), -1)
 
 
+def out_of_a_table(x):
+    pairs, table = x.reshape(*x.shape[:-1], -1, 2), torch.stack((C, S), -1)
+    a = pairs[..., 0] * table[..., 0] - pairs[..., 1] * table[..., 1]
+    b = pairs[..., 1] * table[..., 0] + pairs[..., 0] * table[..., 1]
+    return torch.stack([a, b], -1).flatten(-2)
+
+
+def angles_anew(x):
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * ANGLES.cos() - b * ANGLES.sin(), b * ANGLES.cos() + a * ANGLES.sin()], -1)
+
+
+def viewed_as(x):
+    cos, sin = C.repeat_interleave(2, -1), S.repeat_interleave(2, -1)
+    return x * cos + torch.stack((-x[..., 1::2], x[..., ::2]), -1).view_as(x) * sin
+
+
+def chunks_as_complex(x):
+    z = torch.view_as_complex(torch.stack(torch.chunk(x.float(), 2, -1), -1)) * TURNS
+    return torch.cat(torch.chunk(torch.view_as_real(z), 2, -1), -2).reshape(x.shape)
+
+
+def columns_joined(x):
+    a, b = x[..., ::2], x[..., 1::2]
+    return torch.cat(((a * C - b * S)[..., None], (b * C + a * S)[..., None]), -1).flatten(-2)
+
+
 ROTARIES = {
+    "out of one table": out_of_a_table,
+    "angles computed at each use": angles_anew,
+    "pairs, viewed": viewed_as,
+    "complex chunks": chunks_as_complex,
+    "columns joined": columns_joined,
+    "scaled": lambda x: x * COS * 1.3 + torch.cat((-x[..., D // 2 :], x[..., : D // 2]), -1) * SIN * 1.3,
     "half": half,
     "half, by chunks": half_by_chunks,
     "half, the other way round": other_way_round,
@@ -193,7 +235,76 @@ def by_baddbmm(q, k, v):
     return torch.bmm(torch.softmax(scores, -1), v)
 
 
+def with_sink(first):
+    def attention(q, k, v, sink):
+        scores, column = q @ k.mT / 4 + BIAS, sink.view(1, -1, 1, 1).expand(B, HEADS, T, 1)
+        if first:
+            return torch.cat((column, scores), -1).softmax(-1)[..., 1:] @ v
+        joined = torch.cat((scores, column), -1)
+        return (joined - joined.max(-1, keepdim=True).values).softmax(-1)[..., :-1] @ v
+
+    return attention, [q(), q(), q(), normal(HEADS)]
+
+
+def sink_behind(q, k, v, sink):
+    scores = q @ k.mT / 4 + BIAS
+    share = (scores.logsumexp(-1) - sink[:, None]).sigmoid()
+    return scores.softmax(-1) @ v * share.unsqueeze(-1)
+
+
+def sink_of_each_query(q, k, v, sink):
+    return torch.cat((q @ k.mT / 4 + BIAS, sink[..., None]), -1).softmax(-1)[..., :-1] @ v
+
+
+def by_bmm(q, k, v):
+    scores = torch.bmm(q, k.mT).view(B, HEADS, T, T) + BIAS
+    return torch.bmm(scores.view(B * HEADS, T, T).softmax(-1), v)
+
+
+def one_head_for_all(q, k, v):
+    scores = torch.einsum("bhid,bjd->bhij", q, k) / 4 + BIAS
+    return torch.einsum("bhij,bjd->bhid", scores.softmax(-1), v)
+
+
+def groups_by_einsum(q, k, v):
+    scores = torch.einsum("btgrd,bsgd->bgrts", q, k) / 4 + BIAS
+    return torch.einsum("bgrts,bsgd->btgrd", scores.softmax(-1), v)
+
+
+def groups_apart(q, k, v):
+    q = q.view(B, GROUPS, HEADS // GROUPS, T, D)
+    scores = (q @ k[:, :, None].mT / 4).masked_fill(~VISIBLE, -torch.inf)
+    return (scores.softmax(-1) @ v[:, :, None]).flatten(1, 2)
+
+
+def one_mask_for_two(q, k, v):
+    hidden = ~torch.ones(T, T).tril().bool()
+    first, second = ((a @ k.mT / 4).masked_fill(hidden, -torch.inf).softmax(-1) for a in (q, 2 * q))
+    return first @ v + second @ v
+
+
+EARLIER = torch.ones(T, T).tril(-1).bool()  # of which the first query sees none
+LOWEST = torch.finfo(torch.float32).min
+
 ATTENTIONS = {
+    "nothing visible, filled": attend(lambda s: s.masked_fill(~EARLIER, -1e9)),
+    "nothing visible, added": attend(lambda s: s + torch.zeros(T, T).masked_fill(~EARLIER, LOWEST)),
+    "small fill": attend(lambda s: s.masked_fill(~VISIBLE, -1e4)),
+    "multiplied": attend(lambda s: s * VISIBLE.float() - 1e4 * (1 - VISIBLE.float())),
+    "subtracted": attend(lambda s: s - 1e10 * (1 - VISIBLE.float())),
+    "two fills": attend(lambda s: s.masked_fill(~VISIBLE, -1e9).masked_fill(torch.zeros(B, 1, 1, T).bool(), -1e9)),
+    "without the maximum": attend(lambda s: s + BIAS - (s + BIAS).amax(-1, keepdim=True).detach()),
+    "capped": attend(lambda s: 20 * torch.tanh(s / 20) + BIAS),
+    "capped and scaled in one": attend(lambda s: 20 * torch.tanh(s * (0.25 / 20)), 1.0),
+    "sink": with_sink(first=False),
+    "sink first": with_sink(first=True),
+    "sink behind": (sink_behind, [q(), q(), q(), normal(HEADS)]),
+    "sink of each query": (sink_of_each_query, [q(), q(), q(), normal(B, HEADS, T)]),
+    "bmm": (by_bmm, [normal(B * HEADS, T, D) for _ in range(3)]),
+    "one head of keys": (one_head_for_all, [q(), x(), x()]),
+    "groups by einsum": (groups_by_einsum, [normal(B, T, GROUPS, 2, D), normal(B, T, GROUPS, D), normal(B, T, GROUPS, D)]),
+    "groups apart": (groups_apart, [q(), kv(), kv()]),
+    "one mask for two": (one_mask_for_two, [q(), q(), q()]),
     "no mask": attend(lambda s: s),
     "bias": attend(lambda s: s + BIAS),
     "where": attend(lambda s: torch.where(VISIBLE, s, torch.finfo(s.dtype).min)),
@@ -276,6 +387,24 @@ def by_rows(z):
     return -torch.log_softmax(z.view(-1, CLASSES), -1)[torch.arange(B * T), LABELS.view(-1)].mean()
 
 
+def target_of(z):
+    return z.gather(-1, LABELS[..., None])
+
+
+def smoothed(z):
+    logs = F.log_softmax(z, -1)
+    return -(0.9 * target_of(logs).squeeze(-1) + 0.1 * logs.mean(-1)).mean()
+
+
+def smoothed_losses(z):
+    logs = F.log_softmax(z, -1)
+    return (0.9 * -target_of(logs) + 0.1 * -logs.mean(-1, keepdim=True)).mean()
+
+
+def tempered(temperature):
+    return lambda x, w, t: flat(temperature(x @ w.T, t)), [x(), normal(CLASSES, D), torch.tensor(0.7)]
+
+
 def capped(z):
     return 30 * torch.tanh(z.float() / 30)
 
@@ -300,6 +429,16 @@ HEADS_AND_LOSSES = {
     "index": head(by_rows),
     "class weights": head(lambda z: flat(z, weight=torch.arange(CLASSES) / CLASSES + 0.5, label_smoothing=0.1)),
     "softcap": head(lambda z: flat(capped(z))),
+    "one-hot": head(lambda z: -(F.one_hot(LABELS, CLASSES) * F.log_softmax(z, -1)).sum(-1).mean()),
+    "one-hot floats": head(lambda z: (-F.log_softmax(z, -1) * F.one_hot(LABELS, CLASSES).float()).sum(-1).mean()),
+    "negative first": head(lambda z: target_of(-F.log_softmax(z, -1)).mean()),
+    "negative difference": head(lambda z: -(target_of(z).squeeze(-1) - z.logsumexp(-1)).mean()),
+    "logsumexp, kept": head(lambda z: (z.logsumexp(-1, keepdim=True) - target_of(z)).mean()),
+    "take_along_dim": head(lambda z: -F.log_softmax(z, -1).take_along_dim(LABELS[..., None], -1).mean()),
+    "smoothed by hand": head(smoothed),
+    "smoothed losses": head(smoothed_losses),
+    "temperature": tempered(lambda z, t: z / t),
+    "learned scale": tempered(lambda z, t: z * t.exp()),
     "scale": head(lambda z: flat(z / 3)),
     "other layout": head(flat, (D, CLASSES)),
     "einsum": (lambda x, w: flat(torch.einsum("btd,vd->btv", x, w)), [x(), normal(CLASSES, D)]),

@@ -3,8 +3,8 @@
     python bench/coverage.py                                 # all of them, tiny, on two CPU cores
     python bench/coverage.py --types llama,gpt2 --misses     # some, with every place that was missed
 
-What ran is counted without our matcher (tests/zoo/census.py) in a forward of the untouched model; what was found is read
-from the report after a training step. bench/README.md says how to read the table.
+What ran is counted without our matcher (tests/zoo/census.py) in a forward of the untouched model; what was found is
+read from the report after a training step. bench/README.md says how to read the table.
 """
 
 from __future__ import annotations
@@ -79,9 +79,7 @@ def summary(results: list[dict]) -> dict:
 
 def misses(results: list[dict]) -> list[dict]:
     """Every path where fewer places were found than ran, with what the report says of it."""
-    return [
-        {"type": r["type"], **row} for r in results for row in r.get("rows", ()) if row["found"] < row["ran"]
-    ]
+    return [{"type": r["type"], **row} for r in results for row in r.get("rows", ()) if row["found"] < row["ran"]]
 
 
 def ranked(results: list[dict]) -> list[tuple[str, str, int, int]]:
@@ -102,9 +100,14 @@ def table(results: list[dict], every_miss: bool = False) -> str:
     lines += [f"failed: {r['type']}: {r['error']}" for r in failed]
     shown = misses(results) if every_miss else []
     lines += ["", "missed"] if shown else []
-    lines += [f"{m['type']:24} {m['pattern']:10} {m['path']}: {m['found']}/{m['ran']} {'; '.join(m['reasons'])}" for m in shown]
+    lines += [
+        f"{m['type']:24} {m['pattern']:10} {m['path']}: {m['found']}/{m['ran']} {'; '.join(m['reasons'])}"
+        for m in shown
+    ]
     lines += ["", "near misses (types, places)"]
-    lines += [f"{t:4} {n:5}  {pattern}: {reason}" for pattern, reason, n, t in ranked(results)[: 200 if every_miss else 20]]
+    lines += [
+        f"{t:4} {n:5}  {pattern}: {reason}" for pattern, reason, n, t in ranked(results)[: 200 if every_miss else 20]
+    ]
     return "\n".join(lines)
 
 

@@ -41,16 +41,16 @@ SCORES = 1 << 22  # how many the reference computes at a time
 
 @traceable
 def attention(
-    q, k, v, *, bias=None, sink=None, keep=None, multiplier=None, dropout=0.0, scale=None, softcap=None, is_causal=False,
-    out_dtype=None,
+    q, k, v, *, bias=None, sink=None, keep=None, multiplier=None, dropout=0.0, scale=None, softcap=None,
+    is_causal=False, out_dtype=None,
 ):  # fmt: skip
-    """softmax(multiplier * softcap(scale * q k^T) + bias) v, computed in float32 (float64 if a tensor is), no scores in memory.
+    """softmax(multiplier * softcap(scale * q k^T) + bias) v in float32 (float64 if a tensor is), no scores in memory.
 
     q: [B, H, Tq, D], k: [B, G, Tk, D], v: [B, G, Tk, Dv], H a multiple of G: query head h reads head h // (H // G) of k
     and v. Any strides; one of 1 in the last dimension avoids a copy. scale: default D**-0.5. softcap: None or 0: none.
     bias: broadcasts to [B, H, Tq, Tk], never expanded; floats are added, booleans are True where a key is visible.
-    multiplier: floats that broadcast to [B, H, Tq, Tk] and take no gradient. is_causal: query i sees keys 0 to i, whatever
-    Tq and Tk are. sink: [H], or broadcasts to [B, H, Tq]: one more score of each head or query.
+    multiplier: floats that broadcast to [B, H, Tq, Tk] and take no gradient. is_causal: query i sees keys 0 to i,
+    whatever Tq and Tk are. sink: [H], or broadcasts to [B, H, Tq]: one more score of each head or query.
     keep: bool [B, H, Tq, Tk], what dropout leaves of the probabilities, which are multiplied by 1 / (1 - dropout).
     Returns [B, H, Tq, Dv], contiguous, in out_dtype, default the promoted dtype of q, k and v. A query that sees no key
     is NaN, as softmax has it, and so is every gradient that it reaches; with a sink it is 0.
@@ -83,7 +83,9 @@ def _check(q, k, v, bias, sink, keep, multiplier, dropout):
     for name, given, whole in (("bias", bias, scores), ("multiplier", multiplier, scores), ("sink", sink, scores[:3])):
         if given is None or (name == "sink" and given.shape == (heads,)):
             continue
-        fits = given.dim() <= len(whole) and all(n in (1, m) for n, m in zip(given.shape[::-1], whole[::-1], strict=False))
+        fits = given.dim() <= len(whole) and all(
+            n in (1, m) for n, m in zip(given.shape[::-1], whole[::-1], strict=False)
+        )
         if not fits or (name == "sink" and given.dim() == 1):
             raise ValueError(f"{name} must broadcast to {list(whole)}, its shape is {list(given.shape)}")
     if keep is not None and (keep.shape != scores or keep.dtype is not torch.bool):
@@ -341,11 +343,11 @@ def _probability(s, lse, log_sum, UNIT: tl.constexpr):
 
 @jit
 def _score(
-    z, BIAS, MULTIPLIER, batch, head, first_i, first_j, i, j, inside, bias_b, bias_h, bias_q, bias_k,
-    times_b, times_h, times_q, times_k, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ADD: tl.constexpr, UNIT: tl.constexpr, NARROW: tl.constexpr,
+    z, BIAS, MULTIPLIER, batch, head, first_i, first_j, i, j, inside,
+    bias_b, bias_h, bias_q, bias_k, times_b, times_h, times_q, times_k,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ADD: tl.constexpr, UNIT: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
-    """(s of z = q k^T, its derivative over SCALE). ADD: BIAS, which may be None, is added, else it shows keys.
-    MULTIPLIER may be None.
+    """(s of z = q k^T, its derivative over SCALE). BIAS, MULTIPLIER may be None; ADD: BIAS is added, else shows keys.
 
     NARROW: tanh is right to 1e-7 of 1, not of itself; operands of 16 bits don't resolve the difference.
     """
@@ -396,7 +398,7 @@ def _forward_kernel(
     UNIT: tl.constexpr, NARROW: tl.constexpr, EVEN: tl.constexpr, WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
     BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of queries. BIAS, SINK, KEEP and MULTIPLIER may be None. EVEN: k_count is a multiple of 16, which widens loads."""
+    """A tile of queries. BIAS, SINK, KEEP, MULTIPLIER may be None. EVEN: k_count is a multiple of 16: wider loads."""
     k_count = k_count // 16 * 16 if EVEN else k_count
     tiles = tl.cdiv(q_count, ROWS)
     tile, head, batch = _place(tiles, heads)
@@ -451,7 +453,8 @@ def _forward_kernel(
 
 @jit
 def _query_kernel(
-    DOUT, Q, K, V, BIAS, SINK, KEEP, MULTIPLIER, OUT, LSE, LOG_SUM, DELTA, DSINK, DS, DQ, heads, group, q_count, k_count,
+    DOUT, Q, K, V, BIAS, SINK, KEEP, MULTIPLIER, OUT, LSE, LOG_SUM, DELTA, DSINK, DS, DQ,
+    heads, group, q_count, k_count,
     o_b, o_h, o_t, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, bias_b, bias_h, bias_q, bias_k,
     keep_b, keep_h, keep_q, keep_k, times_b, times_h, times_q, times_k, dq_b, dq_h, dq_t, sink_b, sink_h, sink_q,
     FACTOR: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, CAUSAL: tl.constexpr, ADD: tl.constexpr,
@@ -492,7 +495,8 @@ def _query_kernel(
                 v = _load(v_at, key, behind, v_t, V_WIDTH, V_BLOCK, EDGE)
                 s, slope = _score(
                     _dot(q, tl.trans(k)), BIAS, MULTIPLIER, batch, head, first, start, i, j, inside,
-                    bias_b, bias_h, bias_q, bias_k, times_b, times_h, times_q, times_k, SCALE, SOFTCAP, ADD, UNIT, NARROW,
+                    bias_b, bias_h, bias_q, bias_k, times_b, times_h, times_q, times_k,
+                    SCALE, SOFTCAP, ADD, UNIT, NARROW,
                 )  # fmt: skip
                 if EDGE:
                     s = _hide(s, i + first, j + start, k_count, CAUSAL)
@@ -569,21 +573,21 @@ def _key_kernel(
         _store(_start(DV, batch, kv_head, first, dv_b, dv_h, dv_t), dv, key, behind, dv_t, V_WIDTH, V_BLOCK)
 
 
-# (ROWS, KEYS, warps, stages) by the widest head: forward, query, key, key with bias or keep. A warp takes 16 rows of a
-# product. The first table fits the 99 KiB of shared memory of the smallest GPUs; float32 has no tensor cores.
+# (ROWS, KEYS, warps, stages) of the forward, query and key kernels by the widest head, first without tensors over all
+# scores, then with one. A warp takes 16 rows of a product. TILES fits in 99 KiB; float32 has no tensor cores.
 TILES = {
-    64: ((128, 64, 8, 2), (128, 32, 8, 2), (32, 128, 8, 2), (16, 64, 4, 2)),
-    128: ((128, 32, 8, 2), (64, 32, 4, 2), (32, 64, 4, 1), (16, 64, 4, 2)),
-    256: ((64, 16, 4, 2), (32, 32, 4, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+    64: (((128, 64, 8, 2), (128, 32, 8, 2), (32, 128, 8, 2)), ((128, 64, 8, 2), (128, 32, 8, 2), (16, 64, 4, 2))),
+    128: (((128, 32, 8, 2), (64, 32, 4, 2), (32, 64, 4, 1)), ((128, 32, 8, 2), (64, 32, 4, 2), (16, 64, 4, 2))),
+    256: (((64, 16, 4, 2), (32, 32, 4, 2), (32, 32, 8, 2)),) * 2,
 }
 TILES_OF_WARPGROUPS = {
-    64: ((128, 64, 8, 3), (128, 32, 8, 2), (32, 128, 8, 2), (32, 128, 8, 2)),
-    128: ((128, 64, 8, 3), (128, 32, 8, 2), (32, 128, 8, 2), (32, 64, 4, 1)),
-    256: ((128, 32, 8, 2), (64, 32, 4, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+    64: (((128, 64, 8, 3), (128, 32, 8, 2), (32, 128, 8, 2)),) * 2,
+    128: (((128, 64, 8, 3), (128, 32, 8, 2), (32, 128, 8, 2)), ((128, 32, 8, 2), (128, 32, 8, 2), (16, 64, 4, 2))),
+    256: (((128, 32, 8, 2), (64, 32, 4, 2), (32, 32, 8, 2)),) * 2,
 }
 TILES_OF_FLOAT32 = {
-    64: ((32, 32, 8, 1),) * 4,
-    128: ((32, 32, 16, 1), (32, 32, 16, 1), (32, 16, 8, 1), (32, 16, 8, 1)),
+    64: (((32, 32, 8, 1),) * 3,) * 2,
+    128: (((32, 32, 16, 1), (32, 32, 16, 1), (32, 16, 8, 1)),) * 2,
 }
 
 
@@ -627,9 +631,9 @@ def _launch_options(q, k, v, bias, keep, multiplier, factor, scale, softcap, is_
     )  # fmt: skip
     table = TILES_OF_WARPGROUPS if has_warpgroups(q) else TILES
     table = TILES_OF_FLOAT32 if torch.float32 in (q.dtype, k.dtype, v.dtype) else table
-    forward, query, *key = table[max(64, block, v_block)]
     names = ("ROWS", "KEYS", "num_warps", "num_stages")
-    return options, [dict(zip(names, tile, strict=True)) for tile in (forward, query, key[over_scores])]
+    tiles = table[max(64, block, v_block)][over_scores]
+    return options, [dict(zip(names, tile, strict=True)) for tile in tiles]
 
 
 def _forward_triton(q, k, v, bias, sink, keep, multiplier, out, stats, factor, scale, softcap, is_causal):

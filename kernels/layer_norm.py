@@ -38,6 +38,7 @@ from .common import (
     triton_dtype,
     use_triton,
 )
+from .norm_rows import finish, finished, load_weight, root_share, weighted
 
 
 @traceable
@@ -144,18 +145,12 @@ def _add_forward(x, residual, weight, bias, eps, offset, scale, outside, round_b
         d = h - mean.unsqueeze(-1)
         square = d.square().mean(-1) + eps
         rstd = 1 / (square.sqrt() + outside) if outside else torch.rsqrt(square)
-        y = _finished(d * rstd.unsqueeze(-1), s.dtype, scale, round_before_weight)
+        y = finished(d * rstd.unsqueeze(-1), s.dtype, scale, round_before_weight)
         if weight is not None:
             y = y * (offset + weight.to(compute))
         if bias is not None:
             y = y + bias.to(compute)
         return y_out.copy_(y), s, mean_out.copy_(mean), rstd_out.copy_(rstd)
-
-
-def _finished(u, dtype, scale, round_before_weight):
-    """n of u = (s - mean) * rstd."""
-    n = u if scale == 1.0 else u * scale
-    return n.to(dtype).to(u.dtype) if round_before_weight else n
 
 
 def _add_forward_fake(x, residual, weight, bias, eps, offset, scale, outside, round_before_weight, out_dtype):
@@ -175,7 +170,7 @@ def _backward(dy, ds, x, weight, mean, rstd, offset, scale, outside, round_befor
         g, r = dy.to(compute), rstd.unsqueeze(-1)
         u = (x.to(compute) - mean.unsqueeze(-1)) * r
         if need_dw:
-            n = _finished(u, x.dtype, scale, round_before_weight)
+            n = finished(u, x.dtype, scale, round_before_weight)
             dw.copy_((g * n).reshape(-1, x.shape[-1]).sum(0))
         if bias_dtype is not None:
             db.copy_(g.reshape(-1, x.shape[-1]).sum(0))
@@ -184,7 +179,7 @@ def _backward(dy, ds, x, weight, mean, rstd, offset, scale, outside, round_befor
             g = g if scale == 1.0 else g * scale
             mean_gu = (g * u).mean(-1, keepdim=True)
             if outside:
-                share = 1 - outside * r  # as _root_share
+                share = 1 - outside * r  # as root_share
                 mean_gu = mean_gu / torch.where(share > 0, share, 1)
             d = r * (g - g.mean(-1, keepdim=True) - u * mean_gu)
             dx.copy_(d if ds is None else d + ds)
@@ -198,38 +193,6 @@ def _backward_fake(
     dw = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_dw else x.new_empty(0)
     db = x.new_empty(0) if bias_dtype is None else x.new_empty(x.shape[-1:], dtype=bias_dtype)
     return dx, dw, db
-
-
-@jit
-def _load_weight(W, column, width, OFFSET: tl.constexpr, ACC: tl.constexpr):
-    return OFFSET + tl.load(W + column, mask=column < width, other=0.0).to(ACC)
-
-
-@jit
-def _finish(u, S, SCALE: tl.constexpr, ROUND: tl.constexpr, ACC: tl.constexpr):
-    """n of u = (s - mean) * rstd."""
-    if SCALE != 1.0:
-        u = u * SCALE
-    if ROUND:
-        u = u.to(S.dtype.element_ty).to(ACC)
-    return u
-
-
-@jit
-def _weighted(g, W, column, width, OFFSET: tl.constexpr, SCALE: tl.constexpr, WEIGHT: tl.constexpr, ACC: tl.constexpr):
-    """scale * g * (offset + weight) of one row."""
-    if WEIGHT:
-        g = g * _load_weight(W, column, width, OFFSET, ACC)
-    if SCALE != 1.0:
-        g = g * SCALE
-    return g
-
-
-@jit
-def _root_share(rstd, OUTSIDE: tl.constexpr):
-    """1 - outside * rstd, the root's part of 1 / rstd; 1 where rounding leaves none of it: u is as small there."""
-    share = 1 - OUTSIDE * rstd
-    return tl.where(share > 0, share, 1.0)
 
 
 @jit
@@ -290,11 +253,11 @@ def _forward_kernel(
         mask = live & (c < width)[None, :]
         if not SINGLE:
             x = load_sum(x_row + at, r_row + at, S, mask, RESIDUAL, ACC)
-        y = _finish((x - mean[:, None]) * rstd[:, None], S, SCALE, ROUND, ACC)
+        y = finish((x - mean[:, None]) * rstd[:, None], S, SCALE, ROUND, ACC)
         if WEIGHT:
-            y = y * _load_weight(W, c, width, OFFSET, ACC)[None, :]
+            y = y * load_weight(W, c, width, OFFSET, ACC)[None, :]
         if BIAS:
-            y = y + _load_weight(B, c, width, 0.0, ACC)[None, :]
+            y = y + load_weight(B, c, width, 0.0, ACC)[None, :]
         tl.store(y_row + at, y, mask=mask)
 
 
@@ -314,7 +277,7 @@ def _backward_kernel(
     column = tl.arange(0, COLUMNS)
     inside = (column < width)[None, :]
     if WEIGHT:
-        w = _load_weight(W, column, width, OFFSET, ACC)[None, :]
+        w = load_weight(W, column, width, OFFSET, ACC)[None, :]
     if NEED_DW:
         total_w = tl.zeros([ROWS, COLUMNS], ACC)
     if NEED_DB:
@@ -330,7 +293,7 @@ def _backward_kernel(
         rstd = tl.load(RSTD + row, mask=row < count, other=0.0)[:, None]
         u = (x - mean) * rstd  # not 0 outside, but g is
         if NEED_DW:
-            total_w += g * _finish(u, X, SCALE, ROUND, ACC)
+            total_w += g * finish(u, X, SCALE, ROUND, ACC)
         if NEED_DB:
             total_b += g
         if NEED_DX:
@@ -340,7 +303,7 @@ def _backward_kernel(
                 g = g * SCALE
             mean_gu = (tl.sum(g * u, 1) / width)[:, None]
             if OUTSIDE > 0:
-                mean_gu = mean_gu / _root_share(rstd, OUTSIDE)
+                mean_gu = mean_gu / root_share(rstd, OUTSIDE)
             dx = rstd * (g - (tl.sum(g, 1) / width)[:, None] - u * mean_gu)
             if ADD:
                 s_at = DS + row_start(row, s_inner, s_outer, s_step)[:, None] + column[None, :]
@@ -372,17 +335,17 @@ def _backward_wide_kernel(
     for start in range(0, width, COLUMNS):
         c = start + column
         g = tl.load(y_row + c, mask=c < width, other=0.0).to(ACC)
-        g = _weighted(g, W, c, width, OFFSET, SCALE, WEIGHT, ACC)
+        g = weighted(g, W, c, width, OFFSET, SCALE, WEIGHT, ACC)
         total += g
         product += g * (tl.load(x_row + c, mask=c < width, other=0.0).to(ACC) - mean)
     mean_g = tl.sum(total, 0) / width
     mean_gu = tl.sum(product, 0) * rstd / width
     if OUTSIDE > 0:
-        mean_gu = mean_gu / _root_share(rstd, OUTSIDE)
+        mean_gu = mean_gu / root_share(rstd, OUTSIDE)
     for start in range(0, width, COLUMNS):
         c = start + column
         g = tl.load(y_row + c, mask=c < width, other=0.0).to(ACC)
-        g = _weighted(g, W, c, width, OFFSET, SCALE, WEIGHT, ACC)
+        g = weighted(g, W, c, width, OFFSET, SCALE, WEIGHT, ACC)
         u = (tl.load(x_row + c, mask=c < width, other=0.0).to(ACC) - mean) * rstd
         dx = rstd * (g - mean_g - u * mean_gu)
         if ADD:
@@ -406,7 +369,7 @@ def _weight_wide_kernel(
         if NEED_DW:
             x = tl.load(X + row_start(row, x_inner, x_outer, x_step) + column, mask=column < width, other=0.0).to(ACC)
             u = (x - tl.load(MEAN + row)) * tl.load(RSTD + row)
-            total_w += g * _finish(u, X, SCALE, ROUND, ACC)
+            total_w += g * finish(u, X, SCALE, ROUND, ACC)
     if NEED_DW:
         tl.store(PARTIAL_W + tl.program_id(0) * width + column, total_w, mask=column < width)
     if NEED_DB:

@@ -34,6 +34,7 @@ from .common import (
     triton_dtype,
     use_triton,
 )
+from .norm_rows import finish, finished, load_weight, root_share, weighted
 
 
 @traceable
@@ -142,15 +143,9 @@ def _add_forward(x, residual, weight, eps, offset, scale, floor, outside, round_
         rstd = 1 / (square.sqrt() + outside) if outside else torch.rsqrt(square)
         if floor:
             rstd = torch.where(rstd > 1 / floor, -1 / floor, rstd)
-        n = _finished(h * rstd.abs().unsqueeze(-1), s.dtype, scale, round_before_weight)
+        n = finished(h * rstd.abs().unsqueeze(-1), s.dtype, scale, round_before_weight)
         y = n if weight is None else n * (offset + weight.to(compute))
         return y_out.copy_(y), s, rstd_out.copy_(rstd)
-
-
-def _finished(u, dtype, scale, round_before_weight):
-    """n of u = s * rstd."""
-    n = u if scale == 1.0 else u * scale
-    return n.to(dtype).to(u.dtype) if round_before_weight else n
 
 
 def _add_forward_fake(x, residual, weight, eps, offset, scale, floor, outside, round_before_weight, out_dtype):
@@ -169,7 +164,7 @@ def _backward(dy, ds, x, weight, rstd, offset, scale, floor, outside, round_befo
         g, r = dy.to(compute), rstd.abs().unsqueeze(-1)
         u = x.to(compute) * r
         if need_dw:
-            n = _finished(u, x.dtype, scale, round_before_weight)
+            n = finished(u, x.dtype, scale, round_before_weight)
             dw.copy_((g * n).reshape(-1, x.shape[-1]).sum(0))
         if need_dx:
             g = g if weight is None else g * (offset + weight.to(compute))
@@ -178,7 +173,7 @@ def _backward(dy, ds, x, weight, rstd, offset, scale, floor, outside, round_befo
             if floor:
                 mean = torch.where(rstd.unsqueeze(-1) > 0, mean, 0)
             if outside:
-                share = 1 - outside * r  # as _root_share
+                share = 1 - outside * r  # as root_share
                 mean = mean / torch.where(share > 0, share, 1)
             d = r * (g - u * mean)
             dx.copy_(d if ds is None else d + ds)
@@ -189,38 +184,6 @@ def _backward_fake(dy, ds, x, weight, rstd, offset, scale, floor, outside, round
     dx = torch.empty_like(x) if need_dx else x.new_empty(0)
     dw = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_dw else x.new_empty(0)
     return dx, dw
-
-
-@jit
-def _load_weight(W, column, width, OFFSET: tl.constexpr, ACC: tl.constexpr):
-    return OFFSET + tl.load(W + column, mask=column < width, other=0.0).to(ACC)
-
-
-@jit
-def _finish(u, S, SCALE: tl.constexpr, ROUND: tl.constexpr, ACC: tl.constexpr):
-    """n of u = s * rstd."""
-    if SCALE != 1.0:
-        u = u * SCALE
-    if ROUND:
-        u = u.to(S.dtype.element_ty).to(ACC)
-    return u
-
-
-@jit
-def _weighted(g, W, column, width, OFFSET: tl.constexpr, SCALE: tl.constexpr, WEIGHT: tl.constexpr, ACC: tl.constexpr):
-    """scale * g * (offset + weight) of one row."""
-    if WEIGHT:
-        g = g * _load_weight(W, column, width, OFFSET, ACC)
-    if SCALE != 1.0:
-        g = g * SCALE
-    return g
-
-
-@jit
-def _root_share(rstd, OUTSIDE: tl.constexpr):
-    """1 - outside * rstd, the root's part of 1 / rstd; 1 where rounding leaves none of it: u is as small there."""
-    share = 1 - OUTSIDE * rstd
-    return tl.where(share > 0, share, 1.0)
 
 
 @jit
@@ -270,9 +233,9 @@ def _forward_kernel(
         mask = live & (c < width)[None, :]
         if not SINGLE:
             x = load_sum(x_row + at, r_row + at, S, mask, RESIDUAL, ACC)
-        n = _finish(x * rstd[:, None], S, SCALE, ROUND, ACC)
+        n = finish(x * rstd[:, None], S, SCALE, ROUND, ACC)
         if WEIGHT:
-            n = n * _load_weight(W, c, width, OFFSET, ACC)[None, :]
+            n = n * load_weight(W, c, width, OFFSET, ACC)[None, :]
         tl.store(y_row + at, n, mask=mask)
 
 
@@ -291,7 +254,7 @@ def _backward_kernel(
     column = tl.arange(0, COLUMNS)
     inside = (column < width)[None, :]
     if WEIGHT:
-        w = _load_weight(W, column, width, OFFSET, ACC)[None, :]
+        w = load_weight(W, column, width, OFFSET, ACC)[None, :]
     if NEED_DW:
         total = tl.zeros([ROWS, COLUMNS], ACC)
     for first in range(tl.program_id(0) * ROWS, count, tl.num_programs(0) * ROWS):
@@ -307,7 +270,7 @@ def _backward_kernel(
             rstd = tl.abs(rstd)
         u = x * rstd
         if NEED_DW:
-            total += g * _finish(u, X, SCALE, ROUND, ACC)
+            total += g * finish(u, X, SCALE, ROUND, ACC)
         if NEED_DX:
             if WEIGHT:
                 g = g * w
@@ -317,7 +280,7 @@ def _backward_kernel(
             if FLOOR:
                 mean = tl.where(free, mean, 0.0)
             if OUTSIDE > 0:
-                mean = mean / _root_share(rstd, OUTSIDE)
+                mean = mean / root_share(rstd, OUTSIDE)
             dx = rstd * (g - u * mean)
             if ADD:
                 s_at = DS + row_start(row, s_inner, s_outer, s_step)[:, None] + column[None, :]
@@ -348,17 +311,17 @@ def _backward_wide_kernel(
     for start in range(0, width, COLUMNS):
         c = start + column
         g = tl.load(y_row + c, mask=c < width, other=0.0).to(ACC)
-        g = _weighted(g, W, c, width, OFFSET, SCALE, WEIGHT, ACC)
+        g = weighted(g, W, c, width, OFFSET, SCALE, WEIGHT, ACC)
         product += g * tl.load(x_row + c, mask=c < width, other=0.0).to(ACC)
     mean = tl.sum(product, 0) * rstd / width
     if FLOOR:
         mean = tl.where(free, mean, 0.0)
     if OUTSIDE > 0:
-        mean = mean / _root_share(rstd, OUTSIDE)
+        mean = mean / root_share(rstd, OUTSIDE)
     for start in range(0, width, COLUMNS):
         c = start + column
         g = tl.load(y_row + c, mask=c < width, other=0.0).to(ACC)
-        g = _weighted(g, W, c, width, OFFSET, SCALE, WEIGHT, ACC)
+        g = weighted(g, W, c, width, OFFSET, SCALE, WEIGHT, ACC)
         u = tl.load(x_row + c, mask=c < width, other=0.0).to(ACC) * rstd
         dx = rstd * (g - u * mean)
         if ADD:
@@ -380,7 +343,7 @@ def _weight_wide_kernel(
         rstd = tl.load(RSTD + row)
         if FLOOR:
             rstd = tl.abs(rstd)
-        total += g * _finish(x * rstd, X, SCALE, ROUND, ACC)
+        total += g * finish(x * rstd, X, SCALE, ROUND, ACC)
     tl.store(PARTIAL + tl.program_id(0) * width + column, total, mask=column < width)
 
 

@@ -14,26 +14,26 @@ MASKS = ("add", "subtract", "keep", "drop")
 
 def attention(
     q, k, v, *tensors, steps=(), scale=1.0, is_causal=False, enable_gqa=False, transposed=False, heads=None,
-    softcap=None, sink=False, dropout=0.0, drop_dtype=None, contiguous=True, out_dtype=None,
+    softcap=None, sink=False, dropout=0.0, drop_dtype=None, contiguous=True, dtype=None, out_dtype=None,
 ):  # fmt: skip
-    """Attention of q [..., Tq, D], k [..., Tk, D], v [..., Tk, Dv] with up to three leading dimensions: batch and heads.
+    """Attention of q [..., Tq, D], k [..., Tk, D] and v [..., Tk, Dv] with up to three leading dimensions.
 
-    steps: what is done to the scores, in order, as (kind, number, dimensions of the scores there): "scale" by the number,
-    "multiply" or "divide" by a tensor, "cap", "add" or "subtract" a tensor, "keep" scores where a condition holds or "drop"
-    them where it does: they become the number. tensors: a sink if `sink`, then one for each step that needs it; without
-    steps, maybe PyTorch's attn_mask. scale: of the scores before all steps. transposed: k is [..., D, Tk]. heads: the
-    leading dimension of q and k, and maybe of v, is batch * heads. k and v may have fewer heads than q.
-    softcap: the number of the step "cap". sink: [H], or broadcasts to [B, H, Tq] or [B, H, Tq, 1]. dropout: probabilities are dropped as
-    `F.dropout` drops a tensor of drop_dtype, with the same random numbers.
-    contiguous: the layout of a matrix product, else that of scaled_dot_product_attention.
-    Returns [..., Tq, Dv] in out_dtype.
+    steps: what is done to the scores, in order, as (kind, number, dimensions of the scores there): "scale" by the
+    number, "multiply" or "divide" by a tensor, "cap", "add" or "subtract" a tensor, "keep" scores where a condition
+    holds or "drop" them where it does: they become the number. tensors: a sink if `sink`, then one for each step that
+    needs it; without steps, maybe PyTorch's attn_mask. scale: of the scores before all steps. transposed: k is
+    [..., D, Tk]. heads: the leading dimension of q and k, and maybe of v, is batch * heads. k and v may have fewer
+    heads than q. softcap: the number of the step "cap". sink: [H], or broadcasts to [B, H, Tq] or [B, H, Tq, 1].
+    dropout: probabilities are dropped as `F.dropout` drops a tensor of drop_dtype, with the same random numbers.
+    dtype: q, k and v are rounded to it first, default what they promote to. contiguous: the layout of a matrix
+    product, else that of scaled_dot_product_attention. Returns [..., Tq, Dv] in out_dtype.
 
-    A mask by a large finite number is our kernel's: PyTorch's fused ones keep the maximum and the logarithm of the sum as
-    one number, in which the latter is lost, and give queries that see no key a wrong gradient.
+    A mask by a large finite number is our kernel's: PyTorch's fused ones keep the maximum and the logarithm of the sum
+    as one number, in which the latter is lost, and give queries that see no key a wrong gradient.
     """
     k = k.transpose(-2, -1) if transposed else k
     sinks, *tensors = tensors if sink else (None, *tensors)
-    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    dtype = dtype or torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     q, k, v = (t.to(dtype) for t in (q, k, v))
     lead = q.shape[:-2] if heads is None or v.dim() == 3 else (-1, heads)
     shape, groups = (*lead, q.shape[-2], v.shape[-1]), heads or (q.shape[1:3] if q.dim() == 5 else None)

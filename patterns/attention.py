@@ -1,10 +1,10 @@
 """Scaled dot-product attention (Vaswani et al., 2017): `softmax(scale * q k^T + mask) v`, without the scores in memory.
 
-Becomes a call of PyTorch's scaled_dot_product_attention, or of our own kernel where scores are capped, where a sink takes
-a share of the softmax, or where probabilities are dropped. What a model does to its scores is read back step by step
-(attention_scores.py). A mask that the graph computes from nothing but sizes is evaluated, and a causal one becomes
-`is_causal`. Keys and values repeated for groups of queries are read unrepeated. A model's own call of
-scaled_dot_product_attention stays, unless one of these makes it better.
+Becomes a call of PyTorch's scaled_dot_product_attention, or of our own kernel where scores are capped or biased, where
+a sink takes a share of the softmax, or where probabilities are dropped (kernels/sdpa.py). What a model does to its
+scores is read back step by step (attention_scores.py). A mask that the graph computes from nothing but sizes is
+evaluated, and a causal one becomes `is_causal`. Keys and values repeated for groups of queries are read unrepeated. A
+model's own call of scaled_dot_product_attention stays, unless one of these makes it better.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rewriter.constant import constants
 from rewriter.kernels.sdpa import attention
 from rewriter.meta import TensorMeta
 from rewriter.pattern import Call, Match, Pattern, Reference
-from rewriter.patterns.attention_scores import HIDDEN, MASKS, Scores, Step, Stray, trace_back
+from rewriter.patterns.attention_scores import HIDDEN, MASKS, Scores, Step, Stray, real, trace_back
 from rewriter.shadow import Value, is_row_operator
 
 Q, K, V, SCORES, SINK = (2, 3, 4, 8), (2, 3, 5, 8), (2, 3, 5, 6), (2, 3, 4, 5), (2, 3, 4, 1)
@@ -52,6 +52,7 @@ class Attention(Pattern):
     )
     row_operators = True  # models that put batch and heads into one dimension take them apart for the mask
     dropout = True
+    rounded_inputs = True
     lazy = True  # probabilities that a model returns with the result
 
     def already(self, match: Match) -> str | None:
@@ -69,7 +70,7 @@ class Attention(Pattern):
             scores = _scores(match)
         except Stray as stray:
             return str(stray)
-        q, k, v = (value.meta for value in _operands(match))
+        q, k, v = (value and value.meta for value in _operands(match))
         if None in (q, k, v) or v.ndim not in (2, 3, 4, 5) or q.ndim != k.ndim:
             return "queries, keys and values are not laid out as heads"
         if q.ndim != v.ndim and (q.ndim, v.ndim) != (3, 4):
@@ -107,6 +108,7 @@ class Attention(Pattern):
             own["dropout"] = dropped.attrs[0] if dropped else 0.0
             options["drop_dtype"] = dropped.meta.dtype if dropped else None
             options["heads"] = _heads(match, scores)
+            options["dtype"] = torch.promote_types(scores.product.meta.dtype, match.dtype("matmul"))
             own["sink"] = "sink" in match.tensors
         options["is_causal"] = options.get("is_causal") or causal
         masks = [kind for kind, _, _ in steps if kind in MASKS]
@@ -162,7 +164,7 @@ def _operands(match: Match) -> tuple[Value, Value, Value]:
     """Queries, keys (or, behind a matmul, their transpose) and values."""
     if _is_library(match):
         return tuple(match.tensors[name] for name in ("query", "key", "value"))
-    return (*_scores(match).product.inputs, match.tensors["v"])
+    return (*map(real, _scores(match).product.inputs), match.tensors["v"])
 
 
 def _same_heads(q: TensorMeta, k: TensorMeta, v: TensorMeta) -> bool:

@@ -43,6 +43,8 @@ def _by_rows(z, target):
 TRANSFORMS: dict[Callable, tuple[str, ...]] = {
     plain: (), scaled: ("scale",), softcapped: ("softcap",), scaled_softcapped: ("scale", "softcap"),
 }  # fmt: skip
+
+
 def _smoothed(z, target, *, kept, spread):
     logs = F.log_softmax(z, -1)
     return kept * logs.gather(-1, target) + spread * logs.mean(-1, keepdim=True)
@@ -69,7 +71,8 @@ LOSSES: tuple[tuple[str, Callable, dict, tuple], ...] = (
     ("negative log_probability", lambda z, target: -F.log_softmax(z, -1).gather(-1, target), {"target": INDEX}, ()),
     ("negative log_probability, by rows", lambda z, target: -_by_rows(z, target), {"target": TARGET}, ()),
     ("token_loss", lambda z, target: z.logsumexp(-1) - z.gather(-1, target).squeeze(-1), {"target": INDEX}, ()),
-    ("negative token_loss", lambda z, target: z.gather(-1, target).squeeze(-1) - z.logsumexp(-1), {"target": INDEX}, ()),
+    ("negative token_loss", lambda z, target: z.gather(-1, target).squeeze(-1) - z.logsumexp(-1), {"target": INDEX},
+     ()),
 )  # fmt: skip
 
 
@@ -138,7 +141,6 @@ def _references() -> tuple[Reference, ...]:
     references, bases = [], {}
     for transform, consts in TRANSFORMS.items():
         for loss, fn, inputs, own in LOSSES:
-
 
             def reference(logits, *rest, _fn=fn, _transform=transform, _own=own, **numbers):
                 of_loss = {name: numbers.pop(name) for name in _own}

@@ -116,7 +116,7 @@ class GLU(Pattern):
 
 
 def glu_of_two(gate, up, *, order=None, **options):
-    """The kernel's result is laid out as the gate; `order`, from the outermost dimension on, is how the model has it."""
+    """The kernel's result is laid out as the gate; `order`, outermost dimension first, is how the model has it."""
     y = glu(gate, up, **options)
     return y if order is None else y.permute(order).contiguous().permute([order.index(d) for d in range(y.dim())])
 

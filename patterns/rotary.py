@@ -125,7 +125,9 @@ class Rotary(Pattern):
         for match in matches:
             angles = tuple(match.tensors[name].number for name in _angles(match))
             x, module = match.meta("x"), tuple(match.output.meta.get("nn_module_stack") or ())
-            groups[angles, match.reference, *match.consts.values(), x.ndim, x.dtype, match.root.meta.dtype, module].append(match)
+            groups[
+                angles, match.reference, *match.consts.values(), x.ndim, x.dtype, match.root.meta.dtype, module
+            ].append(match)
         joined = []
         for group in groups.values():
             joined += [tuple(group[i : i + 2]) for i in range(0, len(group), 2)]

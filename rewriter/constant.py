@@ -14,11 +14,13 @@ from rewriter.meta import example
 MOST_NODES, MOST_ELEMENTS = 64, 1 << 26
 # Of these a mask may be made where a size changes between calls: what they compute changes only where a size passes a
 # number that is written in the graph, so a few sizes on both sides of all such numbers speak for every size.
-PIECEWISE_LINEAR = set(
-    "arange ones zeros full ones_like zeros_like full_like scalar_tensor tril triu ge gt le lt eq ne sub add rsub neg mul "
-    "unsqueeze squeeze view reshape expand transpose t permute slice select to _to_copy alias lift_fresh clone contiguous "
-    "masked_fill where logical_not bitwise_not logical_and bitwise_and logical_or bitwise_or".split()
-)
+PIECEWISE_LINEAR = {
+    "arange", "ones", "zeros", "full", "ones_like", "zeros_like", "full_like", "scalar_tensor", "tril", "triu", "ge",
+    "gt", "le", "lt", "eq", "ne", "sub", "add", "rsub", "neg", "mul", "unsqueeze", "squeeze", "view", "reshape",
+    "expand",
+    "transpose", "t", "permute", "slice", "select", "to", "_to_copy", "alias", "lift_fresh", "clone", "contiguous",
+    "masked_fill", "where", "logical_not", "bitwise_not", "logical_and", "bitwise_and", "logical_or", "bitwise_or",
+}  # fmt: skip
 
 
 def constants(node: fx.Node) -> list[torch.Tensor]:

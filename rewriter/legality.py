@@ -174,7 +174,6 @@ class Legality:
                 if node in inputs and at >= high and any(tensor_meta(n).requires_grad for n in outputs):
                     raise Illegal(f"{writer.name} writes {node.name} in place, which backward may need", writer)
 
-
     def _check_draws(self, covered: tuple, before: fx.Node) -> None:
         """Random numbers are drawn in the order in which the model draws them."""
         own = [node for node in covered if draws_random_numbers(node)]

@@ -199,7 +199,8 @@ class Pattern:
     ) -> torch.Tensor | None:
         """A tensor of shape `shapes[name]`, on the generator's device, to verify with for the hole `name`.
 
-        Where the replacement reads a node that is no hole, `name` is the node's. `shapes` has it and every hole; long dimensions were cut. None takes the default: normal numbers, for integers 0 and 1.
+        Where the replacement reads a node that is no hole, `name` is the node's. `shapes` has it and every hole; long
+        dimensions were cut. None takes the default: normal numbers, for integers 0 and 1.
         """
         return None
 

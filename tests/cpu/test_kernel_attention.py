@@ -14,6 +14,10 @@ OPTIONS = {
     "causal": dict(is_causal=True),
     "softcap": dict(softcap=2.0, scale=0.7),
     "sink": dict(sink=True),
+    "sinks of queries": dict(sink=(2, 4, 13)),
+    "sink of all": dict(sink=(1, 1, 1)),
+    "multiplier": dict(multiplier=(2, 1, 13, 19)),
+    "multiplier and softcap": dict(multiplier=(13, 1), softcap=2.0, is_causal=True, bias=(2, 4, 13, 19)),
     "keep": dict(keep=True, dropout=0.3),
     "keep without dropout": dict(keep=True),
     "bias": dict(bias=(2, 4, 13, 19)),
@@ -24,18 +28,21 @@ OPTIONS = {
 
 
 def dense(
-    q, k, v, bias=None, sink=None, keep=None, dropout=0.0, scale=None, softcap=None, is_causal=False, out_dtype=None
+    q, k, v, bias=None, sink=None, keep=None, multiplier=None, dropout=0.0, scale=None, softcap=None, is_causal=False,
+    out_dtype=None,
 ):  # fmt: skip
     """As models write it: scores in the dtype of q, softmax in float32, probabilities in the dtype of v."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     s = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
     s = softcap * torch.tanh(s / softcap) if softcap else s
+    s = s if multiplier is None else s * multiplier.to(s.dtype)
     if bias is not None:
         s = s.masked_fill(~bias, -torch.inf) if bias.dtype is torch.bool else s + bias
     if is_causal:
         s = s.masked_fill(torch.ones(s.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
     if sink is not None:
-        s = torch.cat((s, sink.to(s.dtype)[:, None, None].expand(*s.shape[:3], 1)), -1)
+        sink = sink.unsqueeze(-1) if sink.dim() == 1 else sink
+        s = torch.cat((s, sink.to(s.dtype).unsqueeze(-1).expand(*s.shape[:3], 1)), -1)
     p = wide(s).softmax(-1)[..., : k.shape[2]]
     p = p if keep is None else p * keep / (1 - dropout)
     return (p.to(v.dtype) @ v).to(out_dtype or q.dtype)
@@ -48,7 +55,7 @@ def both(names, **options):
 
 def case(
     q=(2, 4, 13, 10), k=(2, 2, 19, 10), v_width=6, dtype=torch.float32, bias=None, visible=False, sink=False,
-    keep=False, **options
+    keep=False, multiplier=None, **options
 ):  # fmt: skip
     """(names of the optional tensors, inputs, options) of a case of OPTIONS."""
     inputs = [strided(*q, dtype=dtype), strided(*k, dtype=dtype, seed=2)]
@@ -60,9 +67,11 @@ def case(
     elif bias is not None:
         extra["bias"] = strided(*bias, dtype=dtype, seed=4)
     if sink:
-        extra["sink"] = strided(q[1], dtype=dtype, seed=5)
+        extra["sink"] = strided(*((q[1],) if sink is True else sink), dtype=dtype, seed=5)
     if keep:
         extra["keep"] = strided(*q[:3], k[2], grad=False, seed=6) > -0.5
+    if multiplier is not None:
+        extra["multiplier"] = strided(*multiplier, dtype=dtype, grad=False, seed=7)
     return list(extra), [*inputs, *extra.values()], options
 
 
@@ -241,6 +250,9 @@ def test_operators_are_well_defined():
         (dict(bias=torch.zeros(1, 2, 4, 13, 19)), "broadcast"),
         (dict(bias=torch.zeros(13, 19, dtype=torch.int64)), "floats or booleans"),
         (dict(sink=torch.zeros(3)), "sink"),
+        (dict(sink=torch.zeros(2, 4, 12)), "sink"),
+        (dict(multiplier=torch.zeros(2, 1, 13, 18)), "multiplier"),
+        (dict(multiplier=torch.zeros(13, 19, requires_grad=True)), "multiplier"),
         (dict(keep=torch.zeros(2, 1, 13, 19, dtype=torch.bool)), "keep"),
         (dict(keep=torch.zeros(2, 4, 13, 19)), "keep"),
         (dict(dropout=0.1), "dropout"),

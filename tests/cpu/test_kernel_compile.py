@@ -130,20 +130,12 @@ CASES = {
     **{f"glu {name}": lambda dtype, name=name: glu_launches(8960, dtype, name) for name in glu.ACTIVATIONS},
     "glu clamped": lambda dtype: glu_clamped_launches(2880, dtype, interleaved=False),
     "glu clamped, interleaved": lambda dtype: glu_clamped_launches(2880, dtype, interleaved=True),
-    **{
-        f"attention {width}, {name}": lambda dtype, width=width, options=options: attention_launches(
-            width, dtype, **options
-        )
-        for width in (64, 128)
-        for name, options in {
-            "softcap": dict(softcap=50.0, is_causal=True),
-            "sink": dict(sink=True, is_causal=True),
-            "visible": dict(bias=torch.bool),
-            "visible, odd": dict(bias=torch.bool, keys=251),
-            "bias": dict(bias=torch.float32, softcap=50.0),
-        }.items()
-    },
-    "attention 80, keep": lambda dtype: attention_launches(80, dtype, keep=True, dropout=0.1),
+    "attention 64": lambda dtype: attention_launches(64, dtype, sink=True, is_causal=True),
+    "attention 64, visible keys": lambda dtype: attention_launches(64, dtype, bias=torch.bool, keys=251),
+    "attention 48, keep": lambda dtype: attention_launches(48, dtype, keep=True, dropout=0.1),
+    "attention 128": lambda dtype: attention_launches(128, dtype, sink=True, softcap=50.0, is_causal=True),
+    "attention 128, visible keys": lambda dtype: attention_launches(128, dtype, bias=torch.bool),
+    "attention 128, bias": lambda dtype: attention_launches(128, dtype, bias=torch.float32, softcap=50.0),
     "loss of logits": lambda dtype: cross_entropy_launches(151936, dtype),
     "loss of logits, all options": lambda dtype: cross_entropy_launches(
         50257, dtype, weighted=True, softcap=30.0, label_smoothing=0.1, z_loss=1e-4

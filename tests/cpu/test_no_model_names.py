@@ -1,4 +1,4 @@
-"""The compiler knows no model: none of transformers' names is in it, neither of a model nor of one of its submodules."""
+"""The compiler knows no model: no name that transformers gives to one, or to a submodule of one, is in it."""
 
 import ast
 import re

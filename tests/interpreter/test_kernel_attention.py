@@ -16,6 +16,9 @@ OPTIONS = {
     "plain": {},
     "causal": dict(is_causal=True),
     "softcap and sink": dict(softcap=2.0, scale=0.7, sink=True),
+    "sinks of queries": dict(sink=Q[:3]),
+    "multiplier": dict(multiplier=(1, 1, 37, 45), sink=(1, 1, 37)),
+    "multiplier and softcap": dict(multiplier=(37, 1), softcap=2.0, is_causal=True, bias=(1, 2, 37, 45)),
     "keep": dict(keep=True, dropout=0.3),
     "bias": dict(bias=(1, 2, 37, 45)),
     "visible": dict(bias=(1, 1, 37, 45), visible=True, is_causal=True),
@@ -27,24 +30,27 @@ OPTIONS = {
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles that differ from kernel to kernel, so that each meets the diagonal in its own way."""
-    tiles = ((16, 16, 4, 1), (32, 16, 4, 1), (16, 32, 4, 1), (16, 32, 4, 1))
+    tiles = (((16, 16, 4, 1), (32, 16, 4, 1), (16, 32, 4, 1)),) * 2
     for table in ("TILES", "TILES_OF_FLOAT32"):
         monkeypatch.setattr(kernel, table, dict.fromkeys((64, 128, 256), tiles))
 
 
 def dense(
-    q, k, v, bias=None, sink=None, keep=None, dropout=0.0, scale=None, softcap=None, is_causal=False, out_dtype=None
+    q, k, v, bias=None, sink=None, keep=None, multiplier=None, dropout=0.0, scale=None, softcap=None, is_causal=False,
+    out_dtype=None,
 ):  # fmt: skip
     """As models write it: scores in the dtype of q, softmax in float32, probabilities in the dtype of v."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     s = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
     s = softcap * torch.tanh(s / softcap) if softcap else s
+    s = s if multiplier is None else s * multiplier.to(s.dtype)
     if bias is not None:
         s = s.masked_fill(~bias, -torch.inf) if bias.dtype is torch.bool else s + bias
     if is_causal:
         s = s.masked_fill(torch.ones(s.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
     if sink is not None:
-        s = torch.cat((s, sink.to(s.dtype)[:, None, None].expand(*s.shape[:3], 1)), -1)
+        sink = sink.unsqueeze(-1) if sink.dim() == 1 else sink
+        s = torch.cat((s, sink.to(s.dtype).unsqueeze(-1).expand(*s.shape[:3], 1)), -1)
     p = wide(s).softmax(-1)[..., : k.shape[2]]
     p = p if keep is None else p * keep / (1 - dropout)
     return (p.to(v.dtype) @ v).to(out_dtype or q.dtype)
@@ -54,7 +60,10 @@ def both(names, **options):
     return (lambda *t, f=f: f(*t[:3], **dict(zip(names, t[3:], strict=True)), **options) for f in (attention, dense))
 
 
-def case(q=Q, k=K, v_width=12, dtype=torch.float32, bias=None, visible=False, sink=False, keep=False, **options):
+def case(
+    q=Q, k=K, v_width=12, dtype=torch.float32, bias=None, visible=False, sink=False, keep=False, multiplier=None,
+    **options
+):  # fmt: skip
     """(names of the optional tensors, inputs, options) of a case of OPTIONS."""
     inputs = [strided(*q, dtype=dtype), strided(*k, dtype=dtype, seed=2)]
     inputs.append(strided(*k[:3], v_width, dtype=dtype, seed=3))
@@ -65,9 +74,11 @@ def case(q=Q, k=K, v_width=12, dtype=torch.float32, bias=None, visible=False, si
     elif bias is not None:
         extra["bias"] = strided(*bias, dtype=dtype, seed=4)
     if sink:
-        extra["sink"] = strided(q[1], dtype=dtype, seed=5)
+        extra["sink"] = strided(*((q[1],) if sink is True else sink), dtype=dtype, seed=5)
     if keep:
         extra["keep"] = strided(*q[:3], k[2], grad=False, seed=6) > -0.5
+    if multiplier is not None:
+        extra["multiplier"] = strided(*multiplier, dtype=dtype, grad=False, seed=7)
     return list(extra), [*inputs, *extra.values()], options
 
 

@@ -151,7 +151,7 @@ GRAPHS = {
     "epsilon huge": (lambda x, w: norm(x, w, 1.0), [x(), w()], ONE),
     "epsilon zero": (lambda x, w: norm(x, w, 0.0), [x(), w()], ANY),
     "epsilon by maximum": (lambda x, w: w * (x * torch.rsqrt(mean_square(x).clamp(min=1e-6))), [x(), w()], ONE),
-    "epsilon outside": (lambda x, w: w * (x / (mean_square(x).sqrt() + 1e-6)), [x(), w()], NONE),
+    "epsilon outside": (lambda x, w: w * (x / (mean_square(x).sqrt() + 1e-6)), [x(), w()], ONE),
     "divided": (lambda x, w: w * (x / (mean_square(x) + 1e-6).sqrt()), [x(), w()], ONE),
     "one plus weight": (lambda x, w: norm(x, 1 + w), [x(), w()], ONE),
     "two minus weight": (lambda x, w: norm(x, 2 - w), [x(), w()], ANY),

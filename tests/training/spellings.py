@@ -302,7 +302,10 @@ ATTENTIONS = {
     "sink of each query": (sink_of_each_query, [q(), q(), q(), normal(B, HEADS, T)]),
     "bmm": (by_bmm, [normal(B * HEADS, T, D) for _ in range(3)]),
     "one head of keys": (one_head_for_all, [q(), x(), x()]),
-    "groups by einsum": (groups_by_einsum, [normal(B, T, GROUPS, 2, D), normal(B, T, GROUPS, D), normal(B, T, GROUPS, D)]),
+    "groups by einsum": (
+        groups_by_einsum,
+        [normal(B, T, GROUPS, 2, D), normal(B, T, GROUPS, D), normal(B, T, GROUPS, D)],
+    ),
     "groups apart": (groups_apart, [q(), kv(), kv()]),
     "one mask for two": (one_mask_for_two, [q(), q(), q()]),
     "no mask": attend(lambda s: s),

@@ -2,9 +2,10 @@
 attentions, rotations and losses, by the path of the innermost module that was running.
 
 A place is a position in the code, reached from the forward of one module by one chain of calls. A loop may run it again
-and again, and a module may be called several times: it stays one place. Forward hooks tell which module runs. A TorchFunctionMode sees each torch function called in it and marks the results:
-`mean square` is the mean of a square, `table` what was computed from a cosine or sine, and so on. A few marks that meet
-in one function are an event, such as rsqrt of a `mean square`. Tensors are kept until the end, so that ids stay unique.
+and again, and a module may be called several times: it stays one place. Forward hooks tell which module runs. A
+TorchFunctionMode sees each torch function called in it and marks the results: `mean square` is the mean of a square,
+`table` what was computed from a cosine or sine, and so on. A few marks that meet in one function are an event, such as
+rsqrt of a `mean square`. Tensors are kept until the end, so that ids stay unique.
 """
 
 import sys
@@ -231,7 +232,7 @@ def census(model, batch):
 
 
 def _calls():
-    """Functions and positions in their code, from the running module's forward to the torch function that was called."""
+    """Functions and positions in their code, from the running module's forward to the torch function called."""
     frame, calls = sys._getframe(3), []
     while frame is not None and frame.f_code.co_name != "_call_impl":
         if not frame.f_code.co_filename.startswith(_TORCH):

@@ -457,11 +457,16 @@ def _query_kernel(
     heads, group, q_count, k_count,
     o_b, o_h, o_t, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, bias_b, bias_h, bias_q, bias_k,
     keep_b, keep_h, keep_q, keep_k, times_b, times_h, times_q, times_k, dq_b, dq_h, dq_t, sink_b, sink_h, sink_q,
-    FACTOR: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, CAUSAL: tl.constexpr, ADD: tl.constexpr,
-    UNIT: tl.constexpr, NARROW: tl.constexpr, EVEN: tl.constexpr, WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    PASSES: tl.constexpr, FACTOR: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, CAUSAL: tl.constexpr,
+    ADD: tl.constexpr, UNIT: tl.constexpr, NARROW: tl.constexpr, EVEN: tl.constexpr, WIDTH: tl.constexpr,
+    V_WIDTH: tl.constexpr, BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """delta of a tile of queries, and what is not None of: dq, ds [B, H, Tq, Tk], dsink [B, H, Tq]."""
+    """delta of a tile of queries, and what is not None of: dq, ds [B, H, Tq, Tk], dsink [B, H, Tq].
+
+    Gradients of a sink, and of a bias that is the same for all keys, are what nearly cancels between p dp and delta:
+    for them delta is the sum of the former, not rowsum(do * o), as o has been rounded. For ds that takes a pass of its
+    own.
+    """
     k_count = k_count // 16 * 16 if EVEN else k_count
     tiles = tl.cdiv(q_count, ROWS)
     tile, head, batch = _place(tiles, heads)
@@ -477,42 +482,50 @@ def _query_kernel(
     tl.store(DELTA + at + row, delta, mask=row < left)
     lse = tl.load(LSE + at + row, mask=row < left, other=0.0)
     log_sum = tl.load(LOG_SUM + at + row, mask=row < left, other=0.0) if ADD else lse
-    if DSINK is not None:
-        sink = _load_sink(SINK, batch, head, first, row, left, sink_b, sink_h, sink_q) * UNIT
-        tl.store(DSINK + at + row, -_probability(sink, lse, log_sum, UNIT) * delta, mask=row < left)
-    if DQ is not None or DS is not None:
+    if DQ is not None or DS is not None or DSINK is not None:
         do = do.to(V.dtype.element_ty)
         q = _load(_start(Q, batch, head, first, q_b, q_h, q_t), row, left, q_t, WIDTH, BLOCK, True)
         dq = tl.zeros([ROWS, BLOCK], tl.float32)
+        exact = tl.zeros([ROWS], tl.float32)
         full, end = _ends(first, k_count, ROWS, KEYS, CAUSAL)
-        for EDGE in tl.static_range(2):
-            for start in range(full if EDGE else 0, end if EDGE else full, KEYS):
-                behind = k_count - start
-                inside = (i < left) & (j < behind) if EDGE else i < left
-                k_at = _start(K, batch, head // group, start, k_b, k_h, k_t)
-                v_at = _start(V, batch, head // group, start, v_b, v_h, v_t)
-                k = _load(k_at, key, behind, k_t, WIDTH, BLOCK, EDGE)
-                v = _load(v_at, key, behind, v_t, V_WIDTH, V_BLOCK, EDGE)
-                s, slope = _score(
-                    _dot(q, tl.trans(k)), BIAS, MULTIPLIER, batch, head, first, start, i, j, inside,
-                    bias_b, bias_h, bias_q, bias_k, times_b, times_h, times_q, times_k,
-                    SCALE, SOFTCAP, ADD, UNIT, NARROW,
-                )  # fmt: skip
-                if EDGE:
-                    s = _hide(s, i + first, j + start, k_count, CAUSAL)
-                dp = _dot(do, tl.trans(v))
-                if KEEP is not None:
-                    kept = _load_scores(
-                        KEEP, batch, head, first, start, i, j, inside, 0, keep_b, keep_h, keep_q, keep_k
+        for PASS in tl.static_range(PASSES):
+            for EDGE in tl.static_range(2):
+                for start in range(full if EDGE else 0, end if EDGE else full, KEYS):
+                    behind = k_count - start
+                    inside = (i < left) & (j < behind) if EDGE else i < left
+                    k_at = _start(K, batch, head // group, start, k_b, k_h, k_t)
+                    v_at = _start(V, batch, head // group, start, v_b, v_h, v_t)
+                    k = _load(k_at, key, behind, k_t, WIDTH, BLOCK, EDGE)
+                    v = _load(v_at, key, behind, v_t, V_WIDTH, V_BLOCK, EDGE)
+                    s, slope = _score(
+                        _dot(q, tl.trans(k)), BIAS, MULTIPLIER, batch, head, first, start, i, j, inside,
+                        bias_b, bias_h, bias_q, bias_k, times_b, times_h, times_q, times_k,
+                        SCALE, SOFTCAP, ADD, UNIT, NARROW,
                     )  # fmt: skip
-                    dp = tl.where(kept != 0, dp * FACTOR, 0.0)
-                ds = _probability(s, lse[:, None], log_sum[:, None], UNIT) * (dp - delta[:, None])
-                if DS is not None:
-                    tl.store(DS + (at * k_count + start) + (i * k_count + j), ds, mask=inside)
-                if DQ is not None:
-                    dq = tl.dot((ds * slope).to(k.dtype), k, dq, input_precision="ieee")
+                    if EDGE:
+                        s = _hide(s, i + first, j + start, k_count, CAUSAL)
+                    dp = _dot(do, tl.trans(v))
+                    if KEEP is not None:
+                        kept = _load_scores(
+                            KEEP, batch, head, first, start, i, j, inside, 0, keep_b, keep_h, keep_q, keep_k
+                        )  # fmt: skip
+                        dp = tl.where(kept != 0, dp * FACTOR, 0.0)
+                    p = _probability(s, lse[:, None], log_sum[:, None], UNIT)
+                    if PASS == 0 and (DS is not None or DSINK is not None):
+                        exact += tl.sum(p * dp, 1)
+                    if PASS == PASSES - 1:
+                        ds = p * (dp - delta[:, None])
+                        if DS is not None:
+                            tl.store(DS + (at * k_count + start) + (i * k_count + j), ds, mask=inside)
+                        if DQ is not None:
+                            dq = tl.dot((ds * slope).to(k.dtype), k, dq, input_precision="ieee")
+            if DS is not None:
+                delta = exact
         if DQ is not None:
             _store(_start(DQ, batch, head, first, dq_b, dq_h, dq_t), dq * SCALE, row, left, dq_t, WIDTH, BLOCK)
+        if DSINK is not None:
+            sink = _load_sink(SINK, batch, head, first, row, left, sink_b, sink_h, sink_q) * UNIT
+            tl.store(DSINK + at + row, -_probability(sink, lse, log_sum, UNIT) * exact, mask=row < left)
 
 
 @jit
@@ -677,7 +690,7 @@ def _backward_triton(
     shared = (heads // groups, queries, keys, *o_steps, *q_steps, *k_steps, *v_steps, *bias_steps, *keep_steps, *steps)
     _query_kernel[(batch * heads * q_tiles,)](
         dout, q, k, v, bias, sink, keep, multiplier, out, *stats, delta, shares, ds, dq, heads, *shared, *dq_steps,
-        *sink_steps, **options, **q_tile,
+        *sink_steps, PASSES=1 + (ds is not None), **options, **q_tile,
     )  # fmt: skip
     if dk is not None or dv is not None:
         _key_kernel[(batch * groups * k_tiles,)](

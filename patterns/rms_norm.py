@@ -68,6 +68,9 @@ def _references() -> tuple[Reference, ...]:
         def scaled(x, *, gain, _factor=factor, **eps):
             return x * _factor(x, **eps) * gain
 
+        def scaled_factor(x, *, gain, _factor=factor, **eps):
+            return x * (_factor(x, **eps) * gain)
+
         def weighted(x, weight, *, _factor=factor, **eps):
             return weight * (x * _factor(x, **eps))
 
@@ -87,10 +90,10 @@ def _references() -> tuple[Reference, ...]:
             return x * (_factor(x, **eps) * (offset + weight))
 
         forms = ((shifted, ("offset",)), (shifted_factor, ("offset",)), (weighted_scaled, ("gain",)), (weighted, ()),
-                 (weighted_factor, ()), (weighted_first, ()), (scaled, ("gain",)))  # fmt: skip
+                 (weighted_factor, ()), (weighted_first, ()), (scaled, ("gain",)), (scaled_factor, ("gain",)))  # fmt: skip
         base = Reference(plain, {"x": X}, consts, {"weight": "none", "factor": name})
         for fn, more in forms:
-            kind = "shifted" if more == ("offset",) else "none" if fn is scaled else "plain"
+            kind = "shifted" if more == ("offset",) else "none" if fn in (scaled, scaled_factor) else "plain"
             inputs = {"x": X} if kind == "none" else {"x": X, "weight": W}
             variant = {"weight": kind, "factor": name}
             references.append(Reference(fn, inputs, (*consts, *more), variant, extends=base))

@@ -62,7 +62,11 @@ def loss(b, x):
 
 
 def _criterion(b, z, labels):
-    kind = b.choose("library", "library", "library", "log_softmax", "gather", "logsumexp", "z loss")
+    if b.maybe(10):
+        z = b.do(b.choose("{} * {}", "{} / {}"), z, b.do("{}.abs() + 0.5", b.weight(dtype=b.dtype_of(z))))
+    kind = b.choose(
+        "library", "library", "library", "log_softmax", "gather", "logsumexp", "z loss", "one-hot", "smoothed"
+    )
     if kind == "library":
         options = b.choose("", ', reduction="sum"', ', reduction="none"', ", ignore_index=3", ", label_smoothing=0.1",
                            ', reduction="sum", ignore_index=-100, label_smoothing=0.2')  # fmt: skip
@@ -89,6 +93,14 @@ def _criterion(b, z, labels):
             labels,
         )
     safe = b.do("{}.clamp(min=0)", labels)
+    if kind == "one-hot":
+        return b.do(f"-(F.one_hot({{1}}, {CLASSES}) * {{0}}.log_softmax(-1)).sum(-1).mean()", z, safe)
+    if kind == "smoothed":
+        p = b.do("{}.log_softmax(-1)", z)
+        weights = b.choose((0.9, 0.1), (0.9, 0.1), (1.0, 0.1))
+        return b.do(
+            f"-({weights[0]} * {{0}}.gather(-1, {{1}}[:, None]) + {weights[1]} * {{0}}.mean(-1, True)).mean()", p, safe
+        )
     if kind == "gather":
         p = b.do(b.choose("{}.log_softmax(-1)", "torch.log_softmax({}, dim=1)"), z)
         p = b.do("{}.gather(-1, {}[:, None]).squeeze(-1)", p, safe)

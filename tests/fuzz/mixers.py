@@ -213,29 +213,60 @@ def attention(b, x):
     s = b.do(order.replace("S", scale), q, k)
     if b.maybe(15):
         s = b.do("torch.tanh({} / 5.0) * 5.0", s)
-    mask = b.choose("none", "causal", "bool", "scores", "where", "tril", "bias")
-    if mask == "causal":
-        s = b.do("{0}.masked_fill(torch.ones({0}.shape[-2:], dtype=torch.bool).triu(1), float('-inf'))", s)
-    elif mask == "tril":
-        s = b.do("{0}.masked_fill(torch.tril(torch.ones({0}.shape[-2:])) == 0, -1e4)", s)
-    elif mask == "bool":
-        m = b.leaf("input", b.choose("B", 1), 1, "T", "T", grad=False, fill="mask")
-        s = b.do(b.choose("{}.masked_fill(~{}, -1e4)", "{}.masked_fill({} == 0, float('-inf'))"), s, m)
-    elif mask == "where":
-        m = b.leaf("input", "T", "T", grad=False, fill="mask")
-        s = b.do("torch.where({1}, {0}, -1e4)", s, m)
-    elif mask == "scores":
-        s = b.do("{} + {}", s, b.leaf("input", 1, 1, "T", "T", grad=False, fill="scores", dtype=b.dtype_of(s)))
-    elif mask == "bias":
-        s = b.do("{} + {}", s, b.leaf("input", 1, count, "T", "T", dtype=b.dtype_of(s)))
+    for _ in range(b.choose(1, 1, 1, 2)):
+        s = masked(b, s, count)
+    if b.maybe(10):
+        s = b.do("{0} - {0}.max(-1, keepdim=True).values", s)
+    sink = b.weight(count, 1, fill="small") if b.maybe(15) else None
+    if sink is not None:
+        s = b.do(b.choose("torch.cat(({0}, {1}[None, :, None].expand({0}.shape[0], -1, {0}.shape[2], -1)), -1)",
+                          "torch.cat(({1}.view(1, -1, 1, 1).expand({0}.shape[0], -1, {0}.shape[2], 1), {0}), -1)"),
+                 s, sink)  # fmt: skip
     dim = -2 if b.maybe(8) else -1
     soft = b.choose("F.softmax({0}, dim=D)", "{0}.softmax(D)",
                     "torch.softmax({0}, D, dtype=torch.float32).to({0}.dtype)",
                     "F.softmax({0}.float(), dim=D).type_as({0})")  # fmt: skip
     p = b.do(soft.replace("dim=D", f"dim={dim}").replace("(D", f"({dim}").replace(" D,", f" {dim},"), s)
-    if b.maybe(10):
+    if sink is not None:
+        p = b.do(b.choose("{}[..., :-1]", "{}[..., 1:]"), p)
+    if b.maybe(15):
         p = b.do("F.dropout({}, 0.3)", p)
+    if b.maybe(5):
+        b.outputs.append(p)
     return joined(b, b.do(b.choose("{} @ {}", "torch.matmul({}, {})"), p, v), x)
+
+
+def masked(b, s, count):
+    """Scores with a mask, of which some hide every key of a query."""
+    mask = b.choose("none", "causal", "bool", "scores", "where", "tril", "bias", "earlier", "added", "times")
+    fill = b.choose("-1e4", "-1e9", "torch.finfo({0}.dtype).min", "float('-inf')", "-3.0")
+    if mask == "earlier":
+        fill = fill.replace("float('-inf')", "-1e9")  # without a key nothing is defined
+        return b.do(f"{{0}}.masked_fill(~torch.ones({{0}}.shape[-2:]).tril(-1).bool(), {fill})", s)
+    if mask == "added":
+        hidden = (
+            "torch.zeros({0}.shape[-2:], dtype={0}.dtype).masked_fill(torch.ones({0}.shape[-2:]).triu(D).bool(), F)"
+        )
+        hidden = hidden.replace("D", b.choose("1", "1", "0")).replace("F)", fill.replace("float('-inf')", "-1e9") + ")")
+        return b.do(f"{{0}} {b.choose('+', '+ 2 *')} {hidden}", s)
+    if mask == "times":
+        m = b.do("{}.to(torch.float32)", b.leaf("input", "T", "T", grad=False, fill="mask"))
+        return b.do("{0} * {1} - 1e4 * (1 - {1})", s, m)
+    if mask == "causal":
+        s = b.do("{0}.masked_fill(torch.ones({0}.shape[-2:], dtype=torch.bool).triu(1), float('-inf'))", s)
+    elif mask == "tril":
+        s = b.do(f"{{0}}.masked_fill(torch.tril(torch.ones({{0}}.shape[-2:])) == 0, {fill})", s)
+    elif mask == "bool":
+        m = b.leaf("input", b.choose("B", 1), 1, "T", "T", grad=False, fill="mask")
+        s = b.do(b.choose(f"{{0}}.masked_fill(~{{1}}, {fill})", "{}.masked_fill({} == 0, float('-inf'))"), s, m)
+    elif mask == "where":
+        m = b.leaf("input", "T", "T", grad=False, fill="mask")
+        s = b.do(f"torch.where({{1}}, {{0}}, {fill})", s, m)
+    elif mask == "scores":
+        s = b.do("{} + {}", s, b.leaf("input", 1, 1, "T", "T", grad=False, fill="scores", dtype=b.dtype_of(s)))
+    elif mask == "bias":
+        s = b.do("{} + {}", s, b.leaf("input", 1, count, "T", "T", dtype=b.dtype_of(s)))
+    return s
 
 
 MIXERS = (glu, glu, glu, rotary, rotary, attention, attention)

@@ -45,10 +45,6 @@ def test_trains_as_near_to_the_truth_as_eager(name, dtype, executor):
             errors = [(given[key].double() - true).norm() / size for given in (new, old)]
             assert errors[0] <= 2 * errors[1] + floor, (key, length, errors)
     report = rewriter.report(model)
-    assert {n: done for n, (done, _) in report.coverage().items()}.keys() == {
-        "rms_norm",
-        "rotary",
-        "glu",
-        "linear_cross_entropy",
-    }
+    expected = {"rms_norm", "rotary", "glu", "linear_cross_entropy", "attention"}
+    assert expected <= {name for name, (done, _) in report.coverage().items() if done}
     assert not report.near_misses and not report.fallbacks

@@ -65,6 +65,7 @@ NORMS = {
     ),
     "eps outside the root": (lambda x, w: w * x / (square_mean(x).sqrt() + 1e-3), [x(), w()]),
     "norm and eps outside": (lambda x, w: x / (x.norm(2, dim=-1, keepdim=True) * D**-0.5 + 1e-3) * w, [x(), w()]),
+    "factor scaled": (lambda x: x * (4.0 / x.norm(p=2, dim=-1, keepdim=True).clamp_min(1e-5)), [x()]),
     "one gain": (lambda x, w: x * torch.rsqrt(square_mean(x) + 1e-6) * w, [x(), torch.tensor(1.3)]),
     "in place": (lambda x, w: (x * 1).mul_(torch.rsqrt(square_mean(x) + 1e-6)).mul_(w), [x(), w()]),
     "library": (lambda x, w: F.rms_norm(x, (D,), w, 1e-5), [x(), w()]),

@@ -41,11 +41,15 @@ def settled(new, old, noisy):
     ]
 
 
-def assert_alike(model, steps, options=None, **settings):
-    """Optimise `model` and train it beside eager copies of itself; gives back the report."""
+def assert_alike(model, steps, options=({},), **settings):
+    """Train copies of `model`, optimised with each of `options`, beside eager copies; gives back the reports."""
     noisy = [shaken(model, seed) for seed in range(DRAWS)]
     old, *noisy = (train(m, steps, **settings) for m in (copy.deepcopy(model), *noisy))
     assert all(torch.isfinite(loss) for loss, _ in old), "the test's own loss is not finite"
-    new = train(rewriter.optimize(model, **(options or {})), steps, **settings)
-    assert_same_training(settled(new, old, noisy), old)
-    return rewriter.report(model)
+    reports = []
+    for chosen in options:
+        torch._dynamo.reset()
+        optimised = rewriter.optimize(copy.deepcopy(model), **chosen)
+        assert_same_training(settled(train(optimised, steps, **settings), old, noisy), old)
+        reports.append(rewriter.report(optimised))
+    return reports

@@ -464,8 +464,8 @@ def _query_kernel(
     """delta of a tile of queries, and what is not None of: dq, ds [B, H, Tq, Tk], dsink [B, H, Tq].
 
     Gradients of a sink, and of a bias that is the same for all keys, are what nearly cancels between p dp and delta:
-    for them delta is the sum of the former, not rowsum(do * o), as o has been rounded. For ds that takes a pass of its
-    own.
+    for these alone delta is the sum of the former, not rowsum(do * o), as o has been rounded. For ds that takes a pass
+    of its own.
     """
     k_count = k_count // 16 * 16 if EVEN else k_count
     tiles = tl.cdiv(q_count, ROWS)
@@ -514,13 +514,12 @@ def _query_kernel(
                     if PASS == 0 and (DS is not None or DSINK is not None):
                         exact += tl.sum(p * dp, 1)
                     if PASS == PASSES - 1:
-                        ds = p * (dp - delta[:, None])
                         if DS is not None:
+                            ds = p * (dp - exact[:, None])
                             tl.store(DS + (at * k_count + start) + (i * k_count + j), ds, mask=inside)
                         if DQ is not None:
+                            ds = p * (dp - delta[:, None])
                             dq = tl.dot((ds * slope).to(k.dtype), k, dq, input_precision="ieee")
-            if DS is not None:
-                delta = exact
         if DQ is not None:
             _store(_start(DQ, batch, head, first, dq_b, dq_h, dq_t), dq * SCALE, row, left, dq_t, WIDTH, BLOCK)
         if DSINK is not None:

@@ -130,8 +130,10 @@ def _implementation(
     w = weight.to(dtype)
     b = bias if bias is None else bias.to(dtype)
     upstream = upstream if upstream is None else upstream.reshape(rows).contiguous()
-    # rows of logits are padded: with an odd number of classes every access would be unaligned
-    buffer = x.new_empty(min(chunk, rows), ceil_div(classes, 64) * 64, dtype=dtype)[:, :classes]
+    # On a GPU rows of logits are padded: with an odd number of classes every access would be unaligned. Not on a CPU,
+    # where torch.mm in bfloat16 multiplies what lies behind the columns by zero, and NaN stays NaN (torch 2.13).
+    padded = ceil_div(classes, 64) * 64 if x.is_cuda else classes
+    buffer = x.new_empty(min(chunk, rows), padded, dtype=dtype)[:, :classes]
     weight_sum = dweight if dweight.dtype is compute or rows <= chunk else torch.empty_like(dweight, dtype=compute)
     bias_sum = torch.zeros_like(dbias, dtype=compute)
     if rows == 0:

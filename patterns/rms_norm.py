@@ -89,8 +89,10 @@ def _references() -> tuple[Reference, ...]:
         def shifted_factor(x, weight, *, offset, _factor=factor, **eps):
             return x * (_factor(x, **eps) * (offset + weight))
 
-        forms = ((shifted, ("offset",)), (shifted_factor, ("offset",)), (weighted_scaled, ("gain",)), (weighted, ()),
-                 (weighted_factor, ()), (weighted_first, ()), (scaled, ("gain",)), (scaled_factor, ("gain",)))  # fmt: skip
+        forms = (
+            (shifted, ("offset",)), (shifted_factor, ("offset",)), (weighted_scaled, ("gain",)), (weighted, ()),
+            (weighted_factor, ()), (weighted_first, ()), (scaled, ("gain",)), (scaled_factor, ("gain",)),
+        )  # fmt: skip
         base = Reference(plain, {"x": X}, consts, {"weight": "none", "factor": name})
         for fn, more in forms:
             kind = "shifted" if more == ("offset",) else "none" if fn in (scaled, scaled_factor) else "plain"

@@ -152,3 +152,17 @@ def test_wrong_arguments_are_named():
         linear_cross_entropy(x, w, target, label_smoothing=2.0)
     with pytest.raises(ValueError, match=r"shape \[37\], not \[16\]"):
         linear_cross_entropy(x, w, target, class_weight=torch.ones(16))
+
+
+@pytest.mark.parametrize("classes", [11, 17, 64])
+def test_no_uninitialised_memory_is_read(classes):
+    """With this switch new tensors are full of NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        x, weight = (torch.randn(n, 16, dtype=torch.bfloat16).requires_grad_() for n in (24, classes))
+        loss = linear_cross_entropy(x, weight, torch.arange(24) % classes)
+        loss.backward()
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert all(t.isfinite().all() for t in (loss, x.grad, weight.grad))

@@ -19,10 +19,13 @@ SEED = os.environ.get("REWRITER_FUZZ_SEED")
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    before = torch.get_num_threads()
+    """And new tensors are full of NaN, so that nobody reads what nobody wrote."""
+    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(before[0])
+    torch.use_deterministic_algorithms(before[1])
     torch._dynamo.reset()
 
 

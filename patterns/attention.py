@@ -131,7 +131,7 @@ class Attention(Pattern):
         return {n: longest + (n != tokens[1]) for n in tokens if n > longest + 1 and n not in others}
 
     def sample(self, match: Match, name: str, shapes, generator: torch.Generator) -> torch.Tensor | None:
-        """Masks that hide some keys, and from the last query all, if its result is defined then."""
+        """Masks that hide some keys, and a single one from the last query all, if its result is defined then."""
         if _is_library(match):
             condition = name == "attn_mask" and match.meta(name).dtype == torch.bool
             kind, number = "keep" if condition else "", -math.inf
@@ -139,11 +139,12 @@ class Attention(Pattern):
         else:
             step = next((s for s in _scores(match).steps if s.value and s.value.node.name == name), None)
             kind, number = (step.kind, step.number) if step else ("", None)
-        if kind not in MASKS or (step and step.value.meta.requires_grad):
+        alone = step is not None and _mask(match) == step  # several together may hide by more than a number holds
+        if kind not in MASKS or (step and step.value.meta.requires_grad) or (kind in ("add", "subtract") and not alone):
             return None
         visible = torch.rand(shapes[name], generator=generator, device=generator.device) < 0.7
         visible[..., 0] = True
-        if number != -math.inf and visible.dim() > 1:
+        if alone and number != -math.inf and visible.dim() > 1:
             visible[..., -1, :] = visible.shape[-2] == 1
         if kind in ("keep", "drop"):
             return ~visible if kind == "drop" else visible

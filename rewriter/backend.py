@@ -55,15 +55,18 @@ class Backend:
             run = with_lazy_outputs(run, result.lazy)
         return _noting(run, session, record)
 
-    def rewritten(self, gm: fx.GraphModule) -> tuple[fx.GraphModule, Result]:
-        """The lowered and rewritten copy of a Dynamo graph; bodies of checkpointed calls included."""
+    def rewritten(self, gm: fx.GraphModule, whole: bool = True) -> tuple[fx.GraphModule, Result]:
+        """The lowered and rewritten copy of a Dynamo graph; bodies of checkpointed calls included.
+
+        whole: not such a body, whose outputs go on in a graph, where none can be computed on demand.
+        """
         lowered = self._lowering(gm)
         normalise(lowered.graph)
-        result = rewrite(lowered, self.session.options.patterns, self.session.proofs, self.session.fuel)
+        result = rewrite(lowered, self.session.options.patterns, self.session.proofs, self.session.fuel, lazy=whole)
         for node in lowered.graph.nodes:
             if node.op == "get_attr" and isinstance(getattr(lowered, node.target, None), fx.GraphModule):
                 if any(u.target is torch._higher_order_ops.wrap.tag_activation_checkpoint for u in node.users):
-                    body, inner = self.rewritten(getattr(lowered, node.target))
+                    body, inner = self.rewritten(getattr(lowered, node.target), whole=False)
                     setattr(lowered, node.target, body)
                     result.applied += inner.applied
                     result.kept += inner.kept

@@ -57,8 +57,15 @@ class Illegal(Exception):
 class Legality:
     """Facts about one graph that every check needs: positions, aliases, in-place writes."""
 
-    def __init__(self, graph: fx.Graph, shadow: Shadow, writes: dict[fx.Node, tuple[fx.Node, ...]], fakes: dict):
-        self.shadow, self.writes, self._fakes = shadow, writes, fakes
+    def __init__(
+        self,
+        graph: fx.Graph,
+        shadow: Shadow,
+        writes: dict[fx.Node, tuple[fx.Node, ...]],
+        fakes: dict,
+        lazy: bool = True,
+    ):
+        self.shadow, self.writes, self._fakes, self._lazy = shadow, writes, fakes, lazy
         self.position = {node: i for i, node in enumerate(graph.nodes)}
         self.output = graph.find_nodes(op="output")[0]
 
@@ -122,7 +129,9 @@ class Legality:
         self, covered: tuple[fx.Node, ...], outputs: tuple[fx.Node, ...], lazy_allowed: bool
     ) -> tuple[fx.Node, ...]:
         inside, lazy = set(covered), []
-        lazy_allowed = lazy_allowed and not any(map(draws_random_numbers, covered))  # later it would draw others
+        lazy_allowed = (
+            lazy_allowed and self._lazy and not any(map(draws_random_numbers, covered))
+        )  # later it would draw others
         free: set[fx.Node] = set()  # made of sizes alone: whoever else reads it may go on doing so
         for node in covered:
             if all(n in free or isinstance(example(n), torch.SymInt) for n in node.all_input_nodes):
@@ -130,7 +139,8 @@ class Legality:
             outside = [u for u in node.users if u not in inside]
             if node in outputs or not outside or node in free:
                 continue
-            if lazy_allowed and outside == [self.output] and isinstance(example(node), torch.Tensor):
+            can_wait = lazy_allowed and isinstance(example(node), torch.Tensor) and not _takes_sizes(node, inside)
+            if can_wait and outside == [self.output]:
                 lazy.append(node)
             elif self.shadow.of[node].op not in _CHEAP and self.shadow.of[node].node is node:
                 raise Illegal(f"its intermediate result {node.name} is used again by {outside[0].name}", node)
@@ -197,6 +207,19 @@ def draws_random_numbers(node: fx.Node) -> bool:
     if node.target is torch.ops.aten.scaled_dot_product_attention.default:
         return node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0) != 0.0
     return torch.Tag.nondeterministic_seeded in node.target.tags
+
+
+def _takes_sizes(node: fx.Node, inside: set[fx.Node]) -> bool:
+    """Whether it is computed from a size that changes between calls: on demand, it would be that of another call."""
+    seen, todo = set(), [node]
+    while todo:
+        for operand in todo.pop().all_input_nodes:
+            if isinstance(example(operand), torch.SymInt):
+                return True
+            if operand in inside and operand not in seen:
+                seen.add(operand)
+                todo.append(operand)
+    return False
 
 
 def _window(node: fx.Node, length: int) -> Iterator[fx.Node]:

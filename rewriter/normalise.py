@@ -45,14 +45,26 @@ def _merge(graph: fx.Graph) -> None:
         meta = tensor_meta(node)
         if node.op != "call_function" or meta is None or node in written or not _is_pure(node):
             continue
-        target = node.target
-        view = isinstance(target, torch._ops.OpOverload) and any(r.alias_info for r in target._schema.returns)
-        if (meta.requires_grad and not view) or any(user.op == "output" for user in node.users):
+        target, view = node.target, _shares(node)
+        if any(user.op == "output" for user in node.users) or (not view and (meta.requires_grad or _leaves(node))):
             continue
         key = target, repr((node.args, node.kwargs)), node.meta.get("ambient"), meta
         if known.setdefault(key, node) is not node:
             node.replace_all_uses_with(known[key])
             graph.erase_node(node)
+
+
+def _shares(node: fx.Node) -> bool:
+    """Whether a call's result may share memory with an operand."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return True
+    return may_alias(target) or any(r.alias_info for r in target._schema.returns)
+
+
+def _leaves(node: fx.Node) -> bool:
+    """Whether a value, or something that shares its memory, leaves the graph: the caller may write to it."""
+    return any(user.op == "output" or (_shares(user) and _leaves(user)) for user in node.users)
 
 
 def _is_pure(node: fx.Node) -> bool:

@@ -81,11 +81,11 @@ class Fuel:
         return self.left >= 0
 
 
-def rewrite(gm: fx.GraphModule, patterns: Iterable[Pattern], proofs: Proofs, fuel: Fuel) -> Result:
-    """Rewrite a lowered graph in place."""
+def rewrite(gm: fx.GraphModule, patterns: Iterable[Pattern], proofs: Proofs, fuel: Fuel, lazy: bool = True) -> Result:
+    """Rewrite a lowered graph in place. lazy: outputs may be taken out of it, to be computed on demand."""
     result = Result()
     with torch._guards.tracing(None):  # what runs on fake tensors here must not touch the shapes Dynamo is tracing
-        sites = choose_sites(gm.graph, patterns, proofs, result)
+        sites = choose_sites(gm.graph, patterns, proofs, result, lazy)
     kept = [(site, proof) for site, proof in sites if fuel.take()]
     for site, _ in sites[len(kept) :]:
         result.refused.append(Refusal(site.pattern, "REWRITER_FUEL is used up", site.outputs[0]))
@@ -99,12 +99,12 @@ def rewrite(gm: fx.GraphModule, patterns: Iterable[Pattern], proofs: Proofs, fue
 
 
 def choose_sites(
-    graph: fx.Graph, patterns: Iterable[Pattern], proofs: Proofs, result: Result
+    graph: fx.Graph, patterns: Iterable[Pattern], proofs: Proofs, result: Result, lazy: bool = True
 ) -> list[tuple[Site, Verification | None]]:
     """Legal, proven sites that don't overlap; larger ones first. What was refused is added to `result`."""
     writes = written_nodes(graph)
     shadow = build_shadow(graph, frozenset(n for n in writes if n.op != "placeholder"))
-    legality = Legality(graph, shadow, writes, proofs.fakes)
+    legality = Legality(graph, shadow, writes, proofs.fakes, lazy)
     refused: dict[Any, Refusal] = {}
     candidates: list[Site] = []
     for pattern in patterns:

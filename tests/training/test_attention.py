@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from training.common import assert_trains_alike, relative
 
 import rewriter
@@ -118,3 +119,29 @@ def test_returned_probabilities_are_those_of_eager():
     (new[1] ** 2).sum().backward()
     (old[1] ** 2).sum().backward()
     assert relative(model.qkv.weight.grad, eager.qkv.weight.grad) < 1e-5
+
+
+class Checkpointed(nn.Module):
+    """Its blocks, and its head with the loss, are recomputed in backward; probabilities and logits are returned too."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.blocks, self.head = nn.ModuleList(Block(returns=True) for _ in range(2)), nn.Linear(WIDTH, 11)
+        self.options = {"use_reentrant": reentrant}
+
+    def forward(self, x):
+        x, total = x.detach().requires_grad_(), 0.0
+        for block in self.blocks:
+            x, p = checkpoint(block, x, **self.options)
+            total = total + p.square().sum()
+        loss, logits = checkpoint(self.tail, x, **self.options)
+        return loss + logits.square().mean() + total
+
+    def tail(self, x):
+        logits = self.head(x)
+        return F.cross_entropy(logits.flatten(0, 1), torch.arange(logits[..., 0].numel()) % 11), logits
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_results_of_recomputed_pieces(reentrant):
+    assert_trains_alike(Checkpointed(reentrant), steps(7, 9, 7))

@@ -676,6 +676,11 @@ def _backward_triton(
     options, (_, q_tile, k_tile) = _launch_options(
         q, k, v, bias, keep, multiplier, factor, scale, softcap, is_causal
     )  # fmt: skip
+    if dbias is not None or dsink is not None:  # what these take besides would not fit in registers
+        if options["NARROW"]:
+            q_tile["KEYS"] //= 2
+        elif max(options["BLOCK"], options["V_BLOCK"]) > 64:
+            q_tile["num_warps"] *= 2
     q_tiles, k_tiles = ceil_div(queries, q_tile["ROWS"]), ceil_div(keys, k_tile["KEYS"])
     delta = torch.empty_like(stats[0])
     ds, shares = None, None

@@ -15,7 +15,7 @@ and the formulas with class weights and a z-loss are those of cross_entropy.py.
 import torch
 from torch.autograd.function import once_differentiable
 
-from .common import ceil_div, compute_dtype, next_power_of_2, no_autocast, on_device, register, traceable
+from .common import ceil_div, compute_dtype, next_power_of_2, no_autocast, on_device, register, traceable, use_triton
 from .cross_entropy import check_options, mean_divisor, reduce, row_losses, scale_op
 
 
@@ -130,9 +130,9 @@ def _implementation(
     w = weight.to(dtype)
     b = bias if bias is None else bias.to(dtype)
     upstream = upstream if upstream is None else upstream.reshape(rows).contiguous()
-    # On a GPU rows of logits are padded: with an odd number of classes every access would be unaligned. Not on a CPU,
+    # For Triton rows of logits are padded: with an odd number of classes all access would be unaligned. Not for a CPU,
     # where torch.mm in bfloat16 multiplies what lies behind the columns by zero, and NaN stays NaN (torch 2.13).
-    padded = ceil_div(classes, 64) * 64 if x.is_cuda else classes
+    padded = ceil_div(classes, 64) * 64 if use_triton(x) else classes
     buffer = x.new_empty(min(chunk, rows), padded, dtype=dtype)[:, :classes]
     weight_sum = dweight if dweight.dtype is compute or rows <= chunk else torch.empty_like(dweight, dtype=compute)
     bias_sum = torch.zeros_like(dbias, dtype=compute)

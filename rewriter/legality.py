@@ -98,7 +98,7 @@ class Legality:
         self._check_draws(covered, before)
         check_fake(call, inputs, outputs, self._fakes)
         bound = {v.node for m in matches for v in m.bound.values()} - {None}
-        work = {node for node in covered if self.shadow.of[node].op not in _CHEAP}
+        work = {node for node in covered if self.shadow.of[node].op not in _CHEAP} - _made_of_sizes(covered)
         return Site(matches, call, inputs, outputs, covered, lazy, before, frozenset(bound | work))
 
     def _covered(self, inputs: tuple[fx.Node, ...], outputs: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
@@ -132,10 +132,8 @@ class Legality:
         lazy_allowed = (
             lazy_allowed and self._lazy and not any(map(draws_random_numbers, covered))
         )  # later it would draw others
-        free: set[fx.Node] = set()  # made of sizes alone: whoever else reads it may go on doing so
+        free = _made_of_sizes(covered)  # whoever else reads those may go on doing so
         for node in covered:
-            if all(n in free or isinstance(example(n), torch.SymInt) for n in node.all_input_nodes):
-                free.add(node)
             outside = [u for u in node.users if u not in inside]
             if node in outputs or not outside or node in free:
                 continue
@@ -207,6 +205,15 @@ def draws_random_numbers(node: fx.Node) -> bool:
     if node.target is torch.ops.aten.scaled_dot_product_attention.default:
         return node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0) != 0.0
     return torch.Tag.nondeterministic_seeded in node.target.tags
+
+
+def _made_of_sizes(covered: tuple[fx.Node, ...]) -> set[fx.Node]:
+    """Those that no tensor goes into: masks, positions."""
+    free: set[fx.Node] = set()
+    for node in covered:
+        if all(n in free or isinstance(example(n), torch.SymInt) for n in node.all_input_nodes):
+            free.add(node)
+    return free
 
 
 def _takes_sizes(node: fx.Node, inside: set[fx.Node]) -> bool:

@@ -157,7 +157,7 @@ def launches(monkeypatch):
         recorded.append((kernel, arguments, keywords))
 
     monkeypatch.setattr(JITFunction, "run", run)
-    for family in (attention, cross_entropy, glu, layer_norm, rms_norm, rotary):
+    for family in (attention, cross_entropy, glu, layer_norm, linear_cross_entropy, rms_norm, rotary):
         monkeypatch.setattr(family, "use_triton", lambda x: True)
     return recorded
 

@@ -9,8 +9,6 @@ from torch.nn import functional as F
 
 from . import attention as family
 
-MASKS = ("add", "subtract", "keep", "drop")
-
 
 def attention(
     q, k, v, *tensors, steps=(), scale=1.0, is_causal=False, enable_gqa=False, transposed=False, heads=None,
@@ -50,8 +48,6 @@ def attention(
         q = q.masked_fill(~shown.any(-1, keepdim=True), 0)
     added = steps and mask is not None and mask.dtype is not torch.bool
     if softcap or sink or dropout or added or multiplier is not None:
-        if added:
-            mask = mask.clamp(min=torch.finfo(dtype).min).to(dtype)
         options = {"scale": scale, "softcap": softcap, "is_causal": is_causal, "out_dtype": dtype}
         options |= {"multiplier": multiplier, "bias": mask, "keep": kept, "dropout": dropout}
         if sink:
@@ -69,10 +65,10 @@ def _merged(q, steps, tensors, groups):
     """All steps as five: queries that were scaled, a scale, what multiplies the scores, one condition or bias behind
     that, and where scores were not filled."""
     scale, multiplier, mask, shown, tensors = 1.0, None, None, None, iter(tensors)
-    alone = sum(kind in MASKS for kind, _, _ in steps) == 1
+    wide = torch.promote_types(q.dtype, torch.float32)
     for kind, number, ndim in steps:
         if kind == "scale":
-            scale, mask = scale * number, None if mask is None else mask * number
+            scale, mask = scale * number, mask if mask is None or mask.dtype is torch.bool else mask * number
         elif kind in ("multiply", "divide"):
             factor = next(tensors)
             factor = 1 / factor if kind == "divide" else factor
@@ -80,22 +76,32 @@ def _merged(q, steps, tensors, groups):
                 multiplier = _lifted(factor, ndim, groups)
             else:
                 q = q * factor.to(q.dtype)
-            mask = None if mask is None else mask * _lifted(factor, ndim, groups)
+            if mask is not None and mask.dtype is not torch.bool:
+                mask = mask * _lifted(factor, ndim, groups)
         elif kind in ("add", "subtract"):
             bias = _lifted(next(tensors), ndim, groups)
             bias = -bias if kind == "subtract" else bias
-            mask = bias if mask is None else mask + bias
+            mask = bias if mask is None else _as_bias(mask) + bias
         elif kind in ("keep", "drop"):
             condition = next(tensors)
             condition = condition if kind == "keep" else ~condition
             visible = _lifted(condition, ndim, groups)
-            if alone and number == float("-inf"):
-                mask = visible
+            if number == float("-inf"):
+                if mask is None or mask.dtype is torch.bool:
+                    mask = visible if mask is None else mask & visible
+                else:
+                    mask = mask.masked_fill(~visible, number)
                 continue
             shown = visible if shown is None else shown & visible
-            zero = torch.zeros((), dtype=q.dtype, device=q.device)
-            mask = torch.where(visible, zero if mask is None else mask, max(number, torch.finfo(q.dtype).min))
+            mask = torch.where(shown, torch.zeros((), dtype=wide, device=q.device), number)
     return q, scale, multiplier, mask, shown
+
+
+def _as_bias(mask):
+    """A condition as what is added to scores."""
+    if mask.dtype is not torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_fill(~mask, float("-inf"))
 
 
 def _lifted(tensor, ndim, groups):

@@ -18,7 +18,7 @@ from rewriter.constant import constants
 from rewriter.kernels.sdpa import attention
 from rewriter.meta import TensorMeta
 from rewriter.pattern import Call, Match, Pattern, Reference
-from rewriter.patterns.attention_scores import HIDDEN, MASKS, Scores, Step, Stray, real, trace_back
+from rewriter.patterns.attention_scores import HIDDEN, MASKS, SCALINGS, Scores, Step, Stray, real, trace_back
 from rewriter.shadow import Value, is_row_operator
 
 Q, K, V, SCORES, SINK = (2, 3, 4, 8), (2, 3, 5, 8), (2, 3, 5, 6), (2, 3, 4, 5), (2, 3, 4, 1)
@@ -79,6 +79,8 @@ class Attention(Pattern):
             return f"queries {list(q.shape)}, keys {list(k.shape)} and values {list(v.shape)} differ in batch or heads"
         if not (q.static[-1] and v.static[-1]):
             return "the width of the heads changes between calls"
+        if (reason := _masks_check(scores)) is not None:
+            return reason
         for step in scores.steps:
             if step.kind in ("multiply", "divide"):
                 meta = step.value.meta
@@ -166,6 +168,25 @@ def _operands(match: Match) -> tuple[Value, Value, Value]:
     if _is_library(match):
         return tuple(match.tensors[name] for name in ("query", "key", "value"))
     return (*map(real, _scores(match).product.inputs), match.tensors["v"])
+
+
+def _masks_check(scores: Scores) -> str | None:
+    """Whether masks, of which there may be several, can be put together in one bias or one condition.
+
+    A score that is filled by a finite number is that number, and passes no gradient: with a bias besides, or scaled by
+    a tensor afterwards, it would not be what it is with the number added.
+    """
+    steps = scores.steps
+    finite = [i for i, s in enumerate(steps) if s.kind in ("keep", "drop") and s.number != -math.inf]
+    if not finite:
+        return None
+    masks = [s for s in steps if s.kind in MASKS]
+    if len(masks) > len(finite) or len({steps[i].number for i in finite}) > 1:
+        return "scores are filled by a number, and masked in another way too"
+    behind = steps[finite[0] + 1 :]
+    if any(s.kind in ("multiply", "divide") or (s.kind == "scale" and not s.number > 0) for s in behind):
+        return "scores are scaled after they are filled by a number"
+    return None
 
 
 def _same_heads(q: TensorMeta, k: TensorMeta, v: TensorMeta) -> bool:
@@ -274,6 +295,8 @@ def _causal(match: Match) -> bool:
     else:
         step = _mask(match)
         kind, value = (step.kind, step.value) if step else ("", None)
+        if step and any(s.kind in SCALINGS for s in _scores(match).steps[_scores(match).steps.index(step) + 1 :]):
+            return False  # which may turn what is hidden into what is seen
     masks = constants(value.node) if value is not None and value.node is not None else []
     return bool(masks) and all(_hides_later(mask, kind) for mask in masks)
 

@@ -16,6 +16,7 @@ from rewriter.pattern import Call, Match, Pattern, Reference
 
 REDUCTIONS = ("none", "mean", "sum")  # ATen's order
 CLASSES = 10
+NEVER = -(2**31)  # no target: spellings that ignore none
 TARGET, INDEX = torch.zeros(6, dtype=torch.int64), torch.zeros(6, 1, dtype=torch.int64)
 
 
@@ -94,7 +95,7 @@ def loss_options(match: Match) -> dict:
     """Keyword arguments of `finished`, and of the kernels, for a match of any of the spellings."""
     loss = match.variant["loss"]
     reduction, ignore_index, smoothing = (
-        match.attrs("cross_entropy") if loss == "cross_entropy" else (0, -100, match.consts.get("spread", 0.0))
+        match.attrs("cross_entropy") if loss == "cross_entropy" else (0, NEVER, match.consts.get("spread", 0.0))
     )
     return {
         "ignore_index": ignore_index,

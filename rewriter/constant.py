@@ -7,20 +7,25 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from rewriter.meta import example
 
 MOST_NODES, MOST_ELEMENTS = 64, 1 << 26
-# Of these a mask may be made where a size changes between calls: what they compute changes only where a size passes a
-# number that is written in the graph, so a few sizes on both sides of all such numbers speak for every size.
-PIECEWISE_LINEAR = {
-    "arange", "ones", "zeros", "full", "ones_like", "zeros_like", "full_like", "scalar_tensor", "tril", "triu", "ge",
-    "gt", "le", "lt", "eq", "ne", "sub", "add", "rsub", "neg", "mul", "unsqueeze", "squeeze", "view", "reshape",
-    "expand",
-    "transpose", "t", "permute", "slice", "select", "to", "_to_copy", "alias", "lift_fresh", "clone", "contiguous",
-    "masked_fill", "where", "logical_not", "bitwise_not", "logical_and", "bitwise_and", "logical_or", "bitwise_or",
+# Where a size changes between calls, a mask may be made of positions (whole numbers), sums and differences of them,
+# comparisons, triangles and selections. What it shows then changes only where the size passes a sum of the numbers that
+# are written in the graph, so a few sizes on both sides of all such sums speak for every size. The arguments named here
+# are not such numbers: they are what is filled in.
+POSITIONS = {"arange": (), "tril": (), "triu": (), "sub": (), "add": (), "rsub": ()}
+COMPARISONS = dict.fromkeys(("ge", "gt", "le", "lt", "eq", "ne"), ())
+FILLS = {
+    "ones": (), "zeros": (), "ones_like": (), "zeros_like": (), "full": (1,), "full_like": (1,), "scalar_tensor": (0,),
+    "masked_fill": (2,), "where": (1, 2), "logical_not": (), "bitwise_not": (), "logical_and": (), "bitwise_and": (),
+    "logical_or": (), "bitwise_or": (),
 }  # fmt: skip
+LAYOUT = dict.fromkeys(
+    ("unsqueeze", "squeeze", "view", "reshape", "expand", "transpose", "t", "permute", "alias"), None
+)
+KNOWN = POSITIONS | COMPARISONS | FILLS | LAYOUT
 
 
 def constants(node: fx.Node) -> list[torch.Tensor]:
@@ -56,17 +61,43 @@ def _constants(node: fx.Node) -> list[torch.Tensor]:
     nodes = sorted(order, key=position.__getitem__)
     if not symbols:
         return [_evaluate(nodes, {n: int(expr) for n, expr in sizes.items()})]
-    if len(symbols) > 1 or not all(n.target._schema.name.removeprefix("aten::") in PIECEWISE_LINEAR for n in nodes):
+    if len(symbols) > 1 or not all(map(_is_known, nodes)):
         return []
-    largest = max((abs(x) for n in nodes for x in pytree.tree_leaves((n.args, n.kwargs)) if _is_edge(x)), default=0)
-    trials = [2, 3, 5, 2 * math.ceil(largest) + 3]
     (symbol,) = symbols
-    return [_evaluate(nodes, {n: int(expr.subs(symbol, size)) for n, expr in sizes.items()}) for size in trials]
+    if any(expr != symbol and not expr.is_number for expr in sizes.values()):
+        return []  # a size that was computed: its numbers are not to be seen here
+    largest = 2 * math.ceil(sum(number for n in nodes for number in _edges(n))) + 3
+    if largest**2 > MOST_ELEMENTS:
+        return []
+    return [
+        _evaluate(nodes, {n: size if expr == symbol else int(expr) for n, expr in sizes.items()})
+        for size in (2, 3, 5, largest)
+    ]
 
 
-def _is_edge(number: Any) -> bool:
-    """Whether a number may be one that a size is compared with: not one that fills a mask, or the end of all."""
-    return type(number) in (int, float) and math.isfinite(number) and abs(number) < 2**31
+def _is_known(node: fx.Node) -> bool:
+    """Whether an operator is one of those that a mask for every size may be made of."""
+    name, value = node.target._schema.name.removeprefix("aten::"), example(node)
+    if name in ("to", "_to_copy"):
+        before = example(node.args[0])
+        return torch.bool in (before.dtype, value.dtype)
+    if name in POSITIONS and value.dtype not in (torch.int64, torch.bool):
+        return name in ("tril", "triu")  # of numbers that are filled in
+    return name in KNOWN
+
+
+def _edges(node: fx.Node) -> list[float]:
+    """The numbers of an operator that positions are moved by or compared with."""
+    name = node.target._schema.name.removeprefix("aten::")
+    fills = KNOWN.get(name)
+    if fills is None:
+        return []
+    given = [*(a for i, a in enumerate(node.args) if i not in fills), *node.kwargs.values()]
+    return [abs(a) for a in given if _is_number(a)]
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _evaluate(nodes: list[fx.Node], values: dict[fx.Node, Any]) -> torch.Tensor:

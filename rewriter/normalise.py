@@ -45,7 +45,7 @@ def _merge(graph: fx.Graph) -> None:
         meta = tensor_meta(node)
         if node.op != "call_function" or meta is None or node in written or not _is_pure(node):
             continue
-        target, view = node.target, _shares(node)
+        target, view = node.target, _is_view(node)
         if any(user.op == "output" for user in node.users) or (not view and (meta.requires_grad or _leaves(node))):
             continue
         key = target, repr((node.args, node.kwargs)), node.meta.get("ambient"), meta
@@ -54,12 +54,17 @@ def _merge(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _shares(node: fx.Node) -> bool:
-    """Whether a call's result may share memory with an operand."""
+def _is_view(node: fx.Node) -> bool:
+    """Whether a call's result always shares the memory of an operand."""
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
-        return True
-    return may_alias(target) or any(r.alias_info for r in target._schema.returns)
+    if not isinstance(target, torch._ops.OpOverload) or may_alias(target):
+        return False
+    return any(r.alias_info for r in target._schema.returns)
+
+
+def _shares(node: fx.Node) -> bool:
+    """Whether it may."""
+    return not isinstance(node.target, torch._ops.OpOverload) or may_alias(node.target) or _is_view(node)
 
 
 def _leaves(node: fx.Node) -> bool:
@@ -72,11 +77,15 @@ def _is_pure(node: fx.Node) -> bool:
     target = node.target
     if target is operator.getitem:
         return True
-    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten" or "assert" in target.__name__:
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+        return False
+    if any(word in target.__name__ for word in _WITH_EFFECTS):
         return False
     return not target._schema.is_mutable and not draws_random_numbers(node)
 
 
+# Operators with an effect that their schemas don't tell: they check something, or keep running statistics.
+_WITH_EFFECTS = ("assert", "constrain", "batch_norm", "instance_norm")
 # Casts to the dtype of another tensor, which is read for nothing else.
 _LIKE_ANOTHER = {aten.type_as.default, aten.to.other}
 
@@ -103,7 +112,7 @@ def _functional(node: fx.Node) -> torch._ops.OpOverload | None:
     if (
         node.op != "call_function"
         or not isinstance(target, torch._ops.OpOverload)
-        or not isinstance(node.args[0:1][0] if node.args else None, fx.Node)
+        or not isinstance(node.args[0] if node.args else None, fx.Node)
     ):
         return None
     namespace, _, name = target._schema.name.partition("::")
@@ -137,7 +146,7 @@ def _is_temporary(source: fx.Node, writer: fx.Node) -> bool:
         if user is writer or user.op == "output":
             continue
         target = user.target
-        if not isinstance(target, torch._ops.OpOverload):
+        if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
             return False
         shares = may_alias(target) or any(r.alias_info for r in target._schema.returns)
         if shares and (user.args[0] is source or not isinstance(user.args[0], fx.Node)):

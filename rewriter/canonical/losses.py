@@ -79,7 +79,7 @@ def _gather(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
         dim, index = index, dim
     if value.meta is None or index.meta is None or dim is None or negative(dim, value.meta.ndim) != -1:
         return None
-    if index.meta.shape != (*value.meta.shape[:-1], 1):
+    if index.meta.shape != (*value.meta.shape[:-1], 1) or index.meta.static[:-1] != value.meta.static[:-1]:
         return None
     return _picked(shadow, node, value, index, ())
 
@@ -105,7 +105,9 @@ def _index(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
     if not isinstance(rows, Value) or not isinstance(target, Value) or rows.op != "opaque:arange":
         return None
     whole = rows.meta is not None and rows.node.args[0] is not None and len(rows.node.args) == 1
-    if not whole or value.meta.ndim != 2 or rows.meta.shape != value.meta.shape[:1] or target.meta is None:
+    if not whole or value.meta.ndim != 2 or target.meta is None or target.meta.shape != value.meta.shape[:1]:
+        return None
+    if not (rows.meta.static == target.meta.static == value.meta.static[:1]) or rows.meta.shape != target.meta.shape:
         return None
     return _picked(shadow, node, value, target, ("row",))
 
@@ -118,6 +120,8 @@ def one_hot_loss(shadow: Shadow, node: fx.Node | None, product: Value) -> Value 
         if table.op != "opaque:one_hot" or other.op != "log_softmax" or other.attrs != (-1,):
             continue
         target = table.inputs[0]
-        if target.meta is not None and other.meta is not None and target.meta.shape == other.meta.shape[:-1]:
+        if target.meta is None or other.meta is None:
+            continue
+        if (target.meta.shape, target.meta.static) == (other.meta.shape[:-1], other.meta.static[:-1]):
             return _picked(shadow, node, other, target, ("row",))
     return None

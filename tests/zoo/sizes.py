@@ -153,6 +153,7 @@ _LOOP = "code in a loop over data-dependent lengths: Dynamo compiles its functio
 MISSED: dict[str, tuple[dict[str, int], str]] = {
     "blt": ({"rms_norm": 1}, "behind a graph break, in a function that has no module's name"),
     "cpmant": ({"attention": 2}, "probabilities are masked again after the softmax"),
+    "gpt_neo": ({"attention": 2}, "scores are filled by a number where a buffer says so, and a bias is added"),
     "gpt_neox_japanese": ({"attention": 2}, _RETURNED),
     "hy_v4": ({"rms_norm": 5}, "not a norm: the factor of a row multiplies something else"),
     "longcat_flash": ({"glu": 2}, "a loop over experts that Dynamo leaves to Python, as it reads their numbers"),

@@ -156,14 +156,14 @@ def row_losses(
     """
     classes = logits.shape[-1]
     if use_triton(logits):
-        BLOCK = min(next_power_of_2(classes), 4096)
+        BLOCK, warps = rows_tile(classes)
         z, *layout = rows(logits, list(range(logits.dim())))
         _rows_kernel[(target.numel(),)](
             z, target.contiguous(), class_weight if class_weight is None else class_weight.contiguous(), z_ratio,
             upstream if upstream is None else upstream.contiguous(), losses, gradient, classes, columns, *layout,
             classes if gradient is None else gradient.stride(0), IGNORE=ignore_index, SMOOTHING=label_smoothing,
             SCALE=scale, SOFTCAP=softcap or 0.0, Z_LOSS=z_loss, ACC=triton_dtype(losses.dtype), BLOCK=BLOCK,
-            num_warps=8 if BLOCK > 1024 else 4,
+            num_warps=warps,
         )  # fmt: skip
         return
     z = logits.reshape(-1, classes).to(losses.dtype) * scale
@@ -197,6 +197,11 @@ def row_losses(
         if softcap:
             dz *= 1 - capped.square()
         gradient.copy_(dz.masked_fill_(~keep.unsqueeze(1), 0))
+
+
+def rows_tile(classes):
+    """(block, warps): long rows take a whole multiprocessor each, so that few are under way and stay in its cache."""
+    return (8192, 32) if classes > 16384 else (min(next_power_of_2(classes), 4096), 8 if classes > 1024 else 4)
 
 
 @jit
@@ -237,23 +242,27 @@ def _rows_kernel(
         z_target = tl.load(Z + target, mask=known, other=float("nan")).to(ACC) * SCALE
         if SOFTCAP != 0.0:
             z_target = SOFTCAP * tanh(z_target / SOFTCAP)
-        # float32's lowest, not -inf, so that a first block in which all logits are -inf changes nothing
-        largest = tl.full([], -3.4028234663852886e38, ACC)
-        exponentials = tl.full([], 0.0, ACC)
-        total = tl.full([], 0.0, ACC)
-        weight_total = tl.full([], 0.0, ACC)
+        # Each lane has a maximum and a sum of its own, so that lanes wait for one another once a row, not once a block.
+        # float32's lowest, not -inf, so that logits of -inf change nothing.
+        lanes_largest = tl.full([BLOCK], -3.4028234663852886e38, ACC)
+        lanes = tl.full([BLOCK], 0.0, ACC)
+        totals = tl.full([BLOCK], 0.0, ACC)
+        weight_totals = tl.full([BLOCK], 0.0, ACC)
         for start in range(0, width, BLOCK):
             z, _ = _logit(Z, start + block, width, columns, SCALE, SOFTCAP, ACC)
-            new_largest = tl.maximum(largest, tl.max(z, 0))
-            exponentials = exponentials * tl.exp(largest - new_largest) + tl.sum(tl.exp(z - new_largest), 0)
-            largest = new_largest
+            smaller = tl.exp(-tl.abs(z - lanes_largest))
+            lanes = tl.where(z > lanes_largest, lanes * smaller + 1, lanes + smaller)
+            lanes_largest = tl.maximum(lanes_largest, z)
             if SMOOTHING != 0.0:
                 in_row = tl.where(start + block < width, z, 0.0)
                 if CLASS_WEIGHT is not None:
                     w = tl.load(CLASS_WEIGHT + start + block, mask=start + block < width, other=0.0).to(ACC)
-                    weight_total += tl.sum(w, 0)
+                    weight_totals += w
                     in_row *= w
-                total += tl.sum(in_row, 0)
+                totals += in_row
+        largest = tl.max(lanes_largest, 0)
+        exponentials = tl.sum(lanes * tl.exp(lanes_largest - largest), 0)
+        total, weight_total = tl.sum(totals, 0), tl.sum(weight_totals, 0)
         # the maximum and the logarithm stay apart: their sum would round away what a small probability is made of
         log_sum = tl.log(exponentials)
         loss = (largest - z_target) + log_sum
@@ -282,8 +291,8 @@ def _rows_kernel(
             D = GRADIENT + row.to(tl.int64) * d_step
             inverse = factor / exponentials
             share = tl.full([], SMOOTHING, ACC) / width
-            for start in range(0, width, BLOCK):
-                column = start + block
+            for behind in range(0, width, BLOCK):  # from the end: what was read last is likely still in the cache
+                column = (width - 1) // BLOCK * BLOCK - behind + block
                 z, derivative = _logit(Z, column, width, columns, SCALE, SOFTCAP, ACC)
                 dz = tl.exp(z - largest) * inverse - tl.where(column == target, confidence, 0.0)
                 if SMOOTHING != 0.0:

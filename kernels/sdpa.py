@@ -4,6 +4,8 @@ A call of PyTorch's scaled_dot_product_attention where that can say it, else of 
 kernel itself: it puts the steps together, and what it calls is differentiable.
 """
 
+import math
+
 import torch
 from torch.nn import functional as F
 
@@ -18,16 +20,18 @@ def attention(
 
     steps: what is done to the scores, in order, as (kind, number, dimensions of the scores there): "scale" by the
     number, "multiply" or "divide" by a tensor, "cap", "add" or "subtract" a tensor, "keep" scores where a condition
-    holds or "drop" them where it does: they become the number. tensors: a sink if `sink`, then one for each step that
-    needs it; without steps, maybe PyTorch's attn_mask. scale: of the scores before all steps. transposed: k is
-    [..., D, Tk]. heads: the leading dimension of q and k, and maybe of v, is batch * heads. k and v may have fewer
-    heads than q. softcap: the number of the step "cap". sink: [H], or broadcasts to [B, H, Tq] or [B, H, Tq, 1].
-    dropout: probabilities are dropped as `F.dropout` drops a tensor of drop_dtype, with the same random numbers.
-    dtype: q, k and v are rounded to it first, default what they promote to. contiguous: the layout of a matrix
-    product, else that of scaled_dot_product_attention. Returns [..., Tq, Dv] in out_dtype.
+    holds or "drop" them where it does: they become the number; "floor" raises them to the number. Then, done to the
+    probabilities: "retain" them where a condition holds or "remove" them where it does: they become 0.
+    tensors: a sink if `sink`, then one for each step that needs it; without steps, maybe PyTorch's attn_mask. scale: of
+    the scores before all steps. transposed: k is [..., D, Tk]. heads: the leading dimension of q and k, and maybe of v,
+    is batch * heads. k and v may have fewer heads than q. softcap: the number of the step "cap". sink: [H], or
+    broadcasts to [B, H, Tq] or [B, H, Tq, 1]. dropout: probabilities are dropped as `F.dropout` drops a tensor of
+    drop_dtype, with the same random numbers. dtype: q, k and v are rounded to it first, default what they promote to.
+    contiguous: the layout of a matrix product, else that of scaled_dot_product_attention. Returns [..., Tq, Dv] in
+    out_dtype.
 
-    A mask by a large finite number is our kernel's: PyTorch's fused ones keep the maximum and the logarithm of the sum
-    as one number, in which the latter is lost, and give queries that see no key a wrong gradient.
+    A mask by a finite number is our kernel's: PyTorch's fused ones keep the maximum and the logarithm of the sum as one
+    number, in which the latter is lost, and give queries that see no key a wrong gradient.
     """
     k = k.transpose(-2, -1) if transposed else k
     sinks, *tensors = tensors if sink else (None, *tensors)
@@ -35,73 +39,97 @@ def attention(
     q, k, v = (t.to(dtype) for t in (q, k, v))
     lead = q.shape[:-2] if heads is None or v.dim() == 3 else (-1, heads)
     shape, groups = (*lead, q.shape[-2], v.shape[-1]), heads or (q.shape[1:3] if q.dim() == 5 else None)
-    kept = None
+    keep = None
     if dropout:
         scores = (*(q.shape[:-2] if heads is None or v.dim() == 3 else v.shape[:2]), q.shape[-2], k.shape[-2])
-        kept = _four(F.dropout(torch.ones(scores, dtype=drop_dtype, device=q.device), dropout, True) != 0, heads)
-    multiplier, mask = None, _lifted(tensors[0], q.dim(), groups) if tensors and not steps else None
-    shown = None
+        keep = _four(F.dropout(torch.ones(scores, dtype=drop_dtype, device=q.device), dropout, True) != 0, heads)
+    merged = {}
     if steps:
-        q, scale, multiplier, mask, shown = _merged(q, steps, tensors, groups)
+        q, scale, merged = _merged(q, steps, tensors, groups)
+    elif tensors:
+        merged = {"visible": _lifted(tensors[0], q.dim(), groups)}
+    retained = merged.pop("retained", None)
+    if retained is not None:
+        keep = retained if keep is None else keep & retained
     q, k, v = (_four(t, heads) for t in (q, k, v))
-    if shown is not None:  # a filled score passes no gradient, which matters for a query that sees no key
-        q = q.masked_fill(~shown.any(-1, keepdim=True), 0)
-    added = steps and mask is not None and mask.dtype is not torch.bool
-    if softcap or sink or dropout or added or multiplier is not None:
-        options = {"scale": scale, "softcap": softcap, "is_causal": is_causal, "out_dtype": dtype}
-        options |= {"multiplier": multiplier, "bias": mask, "keep": kept, "dropout": dropout}
+    if softcap or sink or keep is not None or merged.keys() - {"visible"}:
         if sink:
             sinks = sinks.squeeze(-1) if sinks.dim() == 4 else sinks
-        out = family.attention(q, k, v, sink=sinks, **options)
+        options = {"scale": scale, "softcap": softcap, "is_causal": is_causal, "out_dtype": dtype, "dropout": dropout}
+        out = family.attention(q, k, v, sink=sinks, keep=keep, **merged, **options)
     else:
+        mask = merged.get("visible")
         if k.shape[1] != q.shape[1] and mask is not None:  # with a mask none of the fused kernels takes groups
             k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
         grouped = enable_gqa or k.shape[1] != q.shape[1]
         out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=grouped)
+    if retained is not None:  # a query that sees no key is NaN before it is removed
+        out = out.masked_fill(~retained.any(-1, keepdim=True), 0)
     return (out.contiguous().view(shape) if contiguous else out.reshape(shape)).to(out_dtype)
 
 
 def _merged(q, steps, tensors, groups):
-    """All steps as five: queries that were scaled, a scale, what multiplies the scores, one condition or bias behind
-    that, and where scores were not filled."""
-    scale, multiplier, mask, shown, tensors = 1.0, None, None, None, iter(tensors)
-    wide = torch.promote_types(q.dtype, torch.float32)
+    """(queries that were scaled, a scale, all other steps as options of our kernel, and what is retained).
+
+    Scores are kept as where(visible, z + inner, fill) + outer, z being scaled and multiplied; then the floor.
+    """
+    tensors = iter(tensors)
+    scale = 1.0
+    multiplier = visible = fill = floor = inner = outer = retained = None
     for kind, number, ndim in steps:
+        tensor = next(tensors) if kind not in ("scale", "cap", "floor") else None
         if kind == "scale":
-            scale, mask = scale * number, mask if mask is None or mask.dtype is torch.bool else mask * number
+            scale *= number
+            fill, floor, inner, outer = (x if x is None else x * number for x in (fill, floor, inner, outer))
         elif kind in ("multiply", "divide"):
-            factor = next(tensors)
-            factor = 1 / factor if kind == "divide" else factor
+            factor = 1 / tensor if kind == "divide" else tensor
             if factor.dim() and factor.shape[-1] != 1:
                 multiplier = _lifted(factor, ndim, groups)
             else:
                 q = q * factor.to(q.dtype)
-            if mask is not None and mask.dtype is not torch.bool:
-                mask = mask * _lifted(factor, ndim, groups)
+            inner = inner if inner is None else inner * _lifted(factor, ndim, groups)
         elif kind in ("add", "subtract"):
-            bias = _lifted(next(tensors), ndim, groups)
+            bias = _lifted(tensor, ndim, groups)
             bias = -bias if kind == "subtract" else bias
-            mask = bias if mask is None else _as_bias(mask) + bias
+            if fill in (None, -math.inf):
+                inner = _sum(inner, bias)
+            else:
+                outer = _sum(outer, bias)
         elif kind in ("keep", "drop"):
-            condition = next(tensors)
-            condition = condition if kind == "keep" else ~condition
-            visible = _lifted(condition, ndim, groups)
-            if number == float("-inf"):
-                if mask is None or mask.dtype is torch.bool:
-                    mask = visible if mask is None else mask & visible
-                else:
-                    mask = mask.masked_fill(~visible, number)
-                continue
-            shown = visible if shown is None else shown & visible
-            mask = torch.where(shown, torch.zeros((), dtype=wide, device=q.device), number)
-    return q, scale, multiplier, mask, shown
+            shown = _lifted(tensor if kind == "keep" else ~tensor, ndim, groups)
+            if fill in (None, number):
+                visible, fill = _both(visible, shown), number
+                outer = outer if outer is None else outer.masked_fill(~shown, 0)
+            elif number == -math.inf:
+                outer = _hidden(outer, shown)
+            else:
+                inner, visible, fill = _hidden(inner, visible), shown, number
+        elif kind == "floor":
+            floor = number if floor is None else max(floor, number)
+        elif kind in ("retain", "remove"):
+            retained = _both(retained, _lifted(tensor if kind == "retain" else ~tensor, ndim, groups))
+    if inner is not None and outer is not None:
+        inner, outer = None, inner.masked_fill(~visible, 0) + outer
+    options = {"visible": visible, "multiplier": multiplier, "bias": _sum(inner, outer), "retained": retained}
+    options["floor"] = floor
+    if fill not in (None, -math.inf):
+        options |= {"fill": fill, "fill_first": outer is not None}
+    return q, scale, {name: value for name, value in options.items() if value is not None}
 
 
-def _as_bias(mask):
-    """A condition as what is added to scores."""
-    if mask.dtype is not torch.bool:
-        return mask
-    return torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_fill(~mask, float("-inf"))
+def _sum(a, b):
+    return b if a is None else a if b is None else a + b
+
+
+def _both(a, b):
+    return b if a is None else a & b
+
+
+def _hidden(bias, visible):
+    """The bias, or 0, where visible, -inf elsewhere."""
+    if bias is None:
+        bias = torch.zeros((), dtype=torch.float32, device=visible.device)
+    return bias.masked_fill(~visible, -math.inf)
 
 
 def _lifted(tensor, ndim, groups):

@@ -19,7 +19,7 @@ from rewriter.kernels.sdpa import attention
 from rewriter.meta import TensorMeta
 from rewriter.pattern import Call, Match, Pattern, Reference
 from rewriter.patterns.attention_scores import HIDDEN, MASKS, SCALINGS, Scores, Step, Stray, real, trace_back
-from rewriter.shadow import Value, is_row_operator
+from rewriter.shadow import Value, is_row_operator, zeroed_in_part
 
 Q, K, V, SCORES, SINK = (2, 3, 4, 8), (2, 3, 5, 8), (2, 3, 5, 6), (2, 3, 4, 5), (2, 3, 4, 1)
 
@@ -51,7 +51,7 @@ class Attention(Pattern):
         Reference(of_library, {"query": Q, "key": K, "value": V, "attn_mask": SCORES}),
     )
     row_operators = True  # models that put batch and heads into one dimension take them apart for the mask
-    dropout = True
+    zeroing = True
     rounded_inputs = True
     lazy = True  # probabilities that a model returns with the result
 
@@ -103,7 +103,8 @@ class Attention(Pattern):
             tensors, steps = [match[n] for n in match.tensors if n == "attn_mask" and not causal], []
         else:
             scores = _scores(match)
-            kept = [s for s in scores.steps if not (causal and s.kind in MASKS)]
+            kept = [s for s in scores.steps if not (causal and s.kind in (*MASKS, "floor"))]
+            kept += _zeroed(match)
             tensors, steps = [s.value.node for s in kept if s.value], [(s.kind, s.number, s.ndim) for s in kept]
             dropped = _dropped(match)
             own["softcap"] = next((s.number for s in scores.steps if s.kind == "cap"), None)
@@ -113,7 +114,7 @@ class Attention(Pattern):
             options["dtype"] = torch.promote_types(scores.product.meta.dtype, match.dtype("matmul"))
             own["sink"] = "sink" in match.tensors
         options["is_causal"] = options.get("is_causal") or causal
-        masks = [kind for kind, _, _ in steps if kind in MASKS]
+        masks = [kind for kind, _, _ in steps if kind in (*MASKS, "floor", "retain", "remove")]
         note |= {"masks": "causal"} if causal else {"masks": tuple(masks)} if masks else {}
         note |= {name: value for name, value in own.items() if value}
         operands = [value.node for value in _operands(match)]
@@ -146,7 +147,7 @@ class Attention(Pattern):
             return None
         visible = torch.rand(shapes[name], generator=generator, device=generator.device) < 0.7
         visible[..., 0] = True
-        if alone and number != -math.inf and visible.dim() > 1:
+        if number != -math.inf and visible.dim() > 1:
             visible[..., -1, :] = visible.shape[-2] == 1
         if kind in ("keep", "drop"):
             return ~visible if kind == "drop" else visible
@@ -171,21 +172,21 @@ def _operands(match: Match) -> tuple[Value, Value, Value]:
 
 
 def _masks_check(scores: Scores) -> str | None:
-    """Whether masks, of which there may be several, can be put together in one bias or one condition.
-
-    A score that is filled by a finite number is that number, and passes no gradient: with a bias besides, or scaled by
-    a tensor afterwards, it would not be what it is with the number added.
-    """
-    steps = scores.steps
-    finite = [i for i, s in enumerate(steps) if s.kind in ("keep", "drop") and s.number != -math.inf]
-    if not finite:
-        return None
-    masks = [s for s in steps if s.kind in MASKS]
-    if len(masks) > len(finite) or len({steps[i].number for i in finite}) > 1:
-        return "scores are filled by a number, and masked in another way too"
-    behind = steps[finite[0] + 1 :]
-    if any(s.kind in ("multiply", "divide") or (s.kind == "scale" and not s.number > 0) for s in behind):
-        return "scores are scaled after they are filled by a number"
+    """Whether masks, of which there may be several, can be put together: one bias, one condition, one number."""
+    fill = floor = None
+    for step in scores.steps:
+        if step.kind in ("keep", "drop"):
+            if fill not in (None, -math.inf, step.number) and step.number != -math.inf:
+                return f"scores are filled by {fill} and by {step.number}"
+            fill = step.number if fill in (None, -math.inf) else fill
+        elif step.kind in ("multiply", "divide") and fill is not None:
+            return "scores are scaled by a tensor after they are filled by a number"
+        elif step.kind == "floor":
+            floor = step.number
+        elif step.kind == "scale" and not step.number > 0 and (fill == -math.inf or floor is not None):
+            return f"scores are scaled by {step.number} after they are masked"
+        elif step.kind == "scale" and fill is not None:
+            fill *= step.number
     return None
 
 
@@ -202,13 +203,23 @@ def _dropped(match: Match) -> Value | None:
     return next((v for _, _, values in match.passed for v in values if v.op == "dropout"), None)
 
 
+def _zeroed(match: Match) -> list[Step]:
+    """Conditions under which probabilities are set to 0."""
+    found = [v for _, _, values in match.passed for v in values if v.op == "where"]
+    kinds = ["retain" if zeroed_in_part(v) is v.inputs[1] else "remove" for v in found]
+    return [Step(k, real(v.inputs[0]), None, v.meta.ndim) for k, v in zip(kinds, found, strict=True)]
+
+
 def _passed_check(match: Match, scores: Scores) -> str | None:
     """Whether what stands between the operators is what a replacement knows of."""
     for consumer, producer, values in match.passed:
         for value in values:
-            if value.op == "dropout":
-                after = consumer == "matmul" and producer in ("softmax", "sink_softmax")
-                if not after or value.attrs[0] >= 1 or [v.op for v in values].count("dropout") > 1:
+            if zeroed_in_part(value) is not None:
+                behind = consumer == "matmul" and producer in ("softmax", "sink_softmax")
+                known = value.op == "dropout" or (real(value.inputs[0]) is not None and value.meta is not None)
+                if not behind or not known:
+                    return f"{value.op} stands between {producer} and {consumer}"
+                if value.op == "dropout" and (value.attrs[0] >= 1 or [v.op for v in values].count("dropout") > 1):
                     return f"dropout of {value.attrs[0]} stands between {producer} and {consumer}"
             elif is_row_operator(value) and value.op != "reshape":
                 return f"{value.op} stands between {producer} and {consumer}"
@@ -293,10 +304,12 @@ def _causal(match: Match) -> bool:
     if _is_library(match):
         kind, value = "add", match.tensors.get("attn_mask")
     else:
-        step = _mask(match)
+        step, steps = _mask(match), _scores(match).steps
         kind, value = (step.kind, step.value) if step else ("", None)
-        if step and any(s.kind in SCALINGS for s in _scores(match).steps[_scores(match).steps.index(step) + 1 :]):
+        if step and any(s.kind in SCALINGS for s in steps[steps.index(step) + 1 :]):
             return False  # which may turn what is hidden into what is seen
+        if step and any(s.number > HIDDEN for s in (step, *steps) if s.kind in ("keep", "drop", "floor")):
+            return False
     masks = constants(value.node) if value is not None and value.node is not None else []
     return bool(masks) and all(_hides_later(mask, kind) for mask in masks)
 

@@ -1,8 +1,8 @@
 """From the argument of attention's softmax back to the product of queries and keys: which steps a model takes between.
 
 A step is ("scale", number), ("multiply" | "divide", tensor), ("cap", softcap), ("add" | "subtract", tensor),
-("keep" | "drop", condition, fill). kernels/sdpa.py takes them again, in the order in which the model does. A cap
-`c * tanh(a * z)` is a scaling by a * c, then the cap `c * tanh(z / c)`.
+("keep" | "drop", condition, fill), ("floor", number). kernels/sdpa.py takes them again, in the order in which the model
+does. A cap `c * tanh(a * z)` is a scaling by a * c, then the cap `c * tanh(z / c)`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from rewriter.canonical import TRANSPARENT
 from rewriter.shadow import Value, is_row_operator
 
-HIDDEN = -1e4  # what a filled-in score has to be at most: nothing of it is left after the softmax
+HIDDEN = -1e4  # of a score that is at most this beside another that is not, nothing is left after the softmax
 SCALINGS, MASKS = ("scale", "multiply", "divide"), ("add", "subtract", "keep", "drop")
 LONGEST = 12  # operators between the product and the softmax
 ZEROS = {torch.ops.aten.zeros.default, torch.ops.aten.zeros_like.default, torch.ops.aten.new_zeros.default}
@@ -41,8 +41,11 @@ class Scores:
     batches: frozenset[tuple[int, ...]] = frozenset()
 
     def then(self, kind: str, at: Value, value: Value | None = None, number: float | None = None) -> Scores:
-        if kind in SCALINGS and any(step.kind == "cap" for step in self.steps):
+        before = {step.kind for step in self.steps}
+        if kind in SCALINGS and "cap" in before:
             raise Stray("scores are scaled after they are capped", at)
+        if kind != "scale" and "floor" in before:
+            raise Stray("more is done to scores after they are raised to a smallest", at)
         return replace(self, steps=(*self.steps, Step(kind, value, number, at.meta.ndim if at.meta else 0)))
 
 
@@ -99,8 +102,8 @@ def _ways(value: Value, left: int) -> Iterator:
         for kind, scores, fill in (("keep", *inputs[1:]), ("drop", *inputs[:0:-1])):
             if fill.op == "const":
                 yield lambda k=kind, s=scores, f=fill.const: _filled(value, k, s, real(inputs[0]), f, left)
-    elif op == "clamp_min" and inputs[1].op == "const" and inputs[1].const <= HIDDEN:
-        yield lambda: trace_back(inputs[0], left)  # keeps a mask from being infinite
+    elif op == "clamp_min" and inputs[1].op == "const":  # keeps a mask from being infinite
+        yield lambda: trace_back(inputs[0], left).then("floor", value, number=inputs[1].const)
 
 
 def _scaled(value: Value, inside: Value, number: float, left: int) -> Scores:
@@ -115,10 +118,9 @@ def _scaled(value: Value, inside: Value, number: float, left: int) -> Scores:
 
 
 def _filled(value: Value, kind: str, scores: Value, condition: Value, fill: float, left: int) -> Scores:
-    found = trace_back(scores, left)
-    if not fill <= HIDDEN:
-        raise Stray(f"masked scores are set to {fill}, which leaves something of them", value)
-    return found.then(kind, value, condition, fill)
+    if value.meta is not None and value.meta.dtype.is_floating_point:
+        fill = torch.tensor(fill, dtype=torch.float64).to(value.meta.dtype).item()
+    return trace_back(scores, left).then(kind, value, condition, fill)
 
 
 def real(value: Value) -> Value | None:

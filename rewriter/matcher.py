@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from rewriter.canonical import COMMUTATIVE, TRANSPARENT
 from rewriter.pattern import Match, Pattern, Reference, TracedReference, is_narrowing
-from rewriter.shadow import Shadow, Value, is_row_operator
+from rewriter.shadow import Shadow, Value, is_row_operator, zeroed_in_part
 
 BUDGET = 4000  # goals tried for one candidate
 # Operators whose attributes a pattern reads from the match instead of asking for its own.
@@ -94,16 +94,17 @@ def _climb(start: Value, path: list[Value], pattern: Pattern) -> Iterator[Value]
             for user in todo.pop().users:
                 if user.op == step.op:
                     above[user] = None
-                elif _passable(user, pattern):
+                elif _passed(user, pattern) is not None:
                     todo.append(user)
         level = list(above)
     yield from level
 
 
-def _passable(value: Value, pattern: Pattern) -> bool:
-    if value.op in TRANSPARENT or (value.op == "dropout" and pattern.dropout):
-        return True
-    return pattern.row_operators and is_row_operator(value)
+def _passed(value: Value, pattern: Pattern) -> Value | None:
+    """The operand of what is seen through inside a match."""
+    if value.op in TRANSPARENT or (pattern.row_operators and is_row_operator(value)):
+        return value.inputs[0]
+    return zeroed_in_part(value) if pattern.zeroing else None
 
 
 class _Search:
@@ -150,9 +151,9 @@ class _Search:
 
     def _operator(self, want: Value, have: Value, consumer: Value | None) -> Iterator[tuple]:
         seen = []
-        while have.op != want.op and _passable(have, self.pattern):
+        while have.op != want.op and (operand := _passed(have, self.pattern)) is not None:
             seen.append(have)
-            have = have.inputs[0]
+            have = operand
         if want in self.bound:
             if self.bound[want].number == have.number:
                 yield ()

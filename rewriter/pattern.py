@@ -152,7 +152,7 @@ class Pattern:
 
     rounded_inputs: the replacement accepts inputs that ambient autocast rounds first (see Match.rounded)
     row_operators:  slices and reshapes that keep the last dimension are seen through inside a match
-    dropout:        so is dropout; the replacement then draws the same random numbers
+    zeroing:        so are dropout, whose random numbers the replacement then draws, and `where` with 0
     lazy:           an intermediate result may leave the graph as an output that is computed on demand
     parts:          of a composite: the patterns that a match of it counts for as well
     """
@@ -161,7 +161,7 @@ class Pattern:
     references: tuple[Reference, ...] = ()
     rounded_inputs: bool = False
     row_operators: bool = False
-    dropout: bool = False
+    zeroing: bool = False
     lazy: bool = False
     parts: tuple[str, ...] = ()
 

@@ -98,6 +98,16 @@ def is_row_operator(value: Value) -> bool:
     return value.op == "reshape" and source.shape[-1] == value.meta.shape[-1] and source.static[-1]
 
 
+def zeroed_in_part(value: Value) -> Value | None:
+    """What `value` is a part of, the rest being 0: the operand of a dropout, or of a selection against 0."""
+    if value.op == "dropout":
+        return value.inputs[0]
+    if value.op == "where":
+        _, a, b = value.inputs
+        return a if b.const == 0 else b if a.const == 0 else None
+    return None
+
+
 def build_shadow(graph: fx.Graph, unstable: frozenset[fx.Node] = frozenset()) -> Shadow:
     """The shadow of an ATen graph. `unstable`: nodes whose value changes in place; they are never shared."""
     from rewriter.canonical import canonical_value

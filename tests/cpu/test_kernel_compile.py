@@ -19,6 +19,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 from rewriter.kernels import (  # noqa: E402
     attention,
+    attention_triton,
     cross_entropy,
     glu,
     layer_norm,
@@ -90,15 +91,15 @@ def linear_cross_entropy_launches(classes, dtype, **options):
     linear_cross_entropy.linear_cross_entropy(x, w, target, **options).sum().backward()
 
 
-def attention_launches(width, dtype, bias=None, sink=False, keep=False, keys=256, **options):
+def attention_launches(width, dtype, bias=None, visible=False, sink=False, keep=False, keys=256, **options):
     q, k, v = (
         torch.ones(2, n, heads, width, dtype=dtype).transpose(1, 2).requires_grad_()
         for n, heads in ((256, 4), (keys, 2), (keys, 2))
     )
-    if bias is not None:
-        bias = torch.ones(2, 1, 256, keys, dtype=bias, requires_grad=bias.is_floating_point)
     attention.attention(
-        q, k, v, bias=bias, sink=torch.ones(4, requires_grad=True) if sink else None,
+        q, k, v, bias=None if bias is None else torch.ones(2, 1, 256, keys, dtype=bias, requires_grad=True),
+        visible=torch.ones(2, 1, 256, keys, dtype=torch.bool) if visible else None,
+        sink=torch.ones(4, requires_grad=True) if sink else None,
         keep=torch.ones(2, 4, 256, keys, dtype=torch.bool) if keep else None, **options,
     ).sum().backward()  # fmt: skip
 
@@ -131,11 +132,19 @@ CASES = {
     "glu clamped": lambda dtype: glu_clamped_launches(2880, dtype, interleaved=False),
     "glu clamped, interleaved": lambda dtype: glu_clamped_launches(2880, dtype, interleaved=True),
     "attention 64": lambda dtype: attention_launches(64, dtype, sink=True, is_causal=True),
-    "attention 64, visible keys": lambda dtype: attention_launches(64, dtype, bias=torch.bool, keys=251),
+    "attention 64, visible keys": lambda dtype: attention_launches(64, dtype, visible=True, keys=251),
     "attention 48, keep": lambda dtype: attention_launches(48, dtype, keep=True, dropout=0.1),
     "attention 128": lambda dtype: attention_launches(128, dtype, sink=True, softcap=50.0, is_causal=True),
-    "attention 128, visible keys": lambda dtype: attention_launches(128, dtype, bias=torch.bool),
+    "attention 128, visible keys": lambda dtype: attention_launches(128, dtype, visible=True),
     "attention 128, bias": lambda dtype: attention_launches(128, dtype, bias=torch.float32, softcap=50.0),
+    "attention 64, floor": lambda dtype: attention_launches(64, dtype, bias=torch.float32, floor=-3e38, is_causal=True),
+    "attention 128, fill": lambda dtype: attention_launches(
+        256 // dtype.itemsize, dtype, bias=torch.float32, visible=True, fill=-3e38, is_causal=True
+    ),
+    "attention 128, fill before the bias": lambda dtype: attention_launches(
+        256 // dtype.itemsize, dtype, bias=torch.float32, visible=True, fill=-3e38, fill_first=True
+    ),
+    "attention 256, visible keys": lambda dtype: attention_launches(512 // dtype.itemsize, dtype, visible=True),
     "loss of logits": lambda dtype: cross_entropy_launches(151936, dtype),
     "loss of logits, all options": lambda dtype: cross_entropy_launches(
         50257, dtype, weighted=True, softcap=30.0, label_smoothing=0.1, z_loss=1e-4
@@ -195,7 +204,7 @@ def spilled_bytes(ptx, capability, folder):
 )
 @pytest.mark.parametrize("case", CASES)
 def test_compiles_without_spills(case, capability, dtype, launches, monkeypatch, tmp_path):
-    monkeypatch.setattr(attention, "has_warpgroups", lambda x: capability == 90)
+    monkeypatch.setattr(attention_triton, "has_warpgroups", lambda x: capability == 90)
     CASES[case](dtype)
     assert launches
     for kernel, arguments, keywords in launches:
@@ -210,6 +219,6 @@ def test_compiles_without_spills(case, capability, dtype, launches, monkeypatch,
 def test_every_kernel_is_compiled(launches):
     for case in CASES.values():
         case(torch.bfloat16)
-    families = (attention, cross_entropy, glu, layer_norm, rms_norm, rotary)
+    families = (attention_triton, cross_entropy, glu, layer_norm, rms_norm, rotary)
     kernels = {f.__name__ for m in families for f in vars(m).values() if isinstance(f, JITFunction)}
     assert {k for k in kernels if k.endswith("_kernel")} == {kernel.__name__ for kernel, *_ in launches}

@@ -213,10 +213,24 @@ def attention(b, x):
     s = b.do(order.replace("S", scale), q, k)
     if b.maybe(15):
         s = b.do("torch.tanh({} / 5.0) * 5.0", s)
-    for _ in range(b.choose(1, 1, 1, 2)):
+    for _ in range(b.choose(1, 1, 1, 2, 3)):
         s = masked(b, s, count)
+        if b.maybe(10):
+            s = b.do(b.choose("{} * 0.5", "{} * -1.0", "{} / 3"), s)
     if b.maybe(10):
         s = b.do("{0} - {0}.max(-1, keepdim=True).values", s)
+    if b.maybe(10):
+        lowest = b.choose("torch.finfo({0}.dtype).min", "-1e4", "-0.5")
+        raised = b.choose("torch.max({0}, torch.tensor(F))", "{0}.clamp(min=F)", "{0}.clamp_min(F)").replace(
+            "F", lowest
+        )
+        s = b.do(raised, s)
+    unseen = None
+    if b.maybe(15):  # probabilities set to 0, also those of queries that see no key
+        unseen = b.do(b.choose("~torch.ones({0}.shape[-2:]).tril(-1).bool()", "torch.ones({0}.shape[-2:]).triu(2) > 0",
+                               "({0} > 0.1).detach()"), s)  # fmt: skip
+        if b.maybe(60):
+            s = b.do(b.choose("{}.masked_fill({}, float('-inf'))", "{}.masked_fill({}, -20.0)"), s, unseen)
     sink = b.weight(count, 1, fill="small") if b.maybe(15) else None
     if sink is not None:
         s = b.do(b.choose("torch.cat(({0}, {1}[None, :, None].expand({0}.shape[0], -1, {0}.shape[2], -1)), -1)",
@@ -229,8 +243,13 @@ def attention(b, x):
     p = b.do(soft.replace("dim=D", f"dim={dim}").replace("(D", f"({dim}").replace(" D,", f" {dim},"), s)
     if sink is not None:
         p = b.do(b.choose("{}[..., :-1]", "{}[..., 1:]"), p)
-    if b.maybe(15):
-        p = b.do("F.dropout({}, 0.3)", p)
+    order = ("zeroed", "dropped") if b.maybe(50) else ("dropped", "zeroed")
+    for step in order:
+        if step == "dropped" and b.maybe(15):
+            p = b.do("F.dropout({}, 0.3)", p)
+        if step == "zeroed" and unseen is not None:
+            p = b.do(b.choose("{}.masked_fill({}, 0.0)", "torch.where(~{1}, {0}, 0)", "torch.where({1}, 0.0, {0})"),
+                     p, unseen)  # fmt: skip
     if b.maybe(5):
         b.outputs.append(p)
     return joined(b, b.do(b.choose("{} @ {}", "torch.matmul({}, {})"), p, v), x)
@@ -239,7 +258,8 @@ def attention(b, x):
 def masked(b, s, count):
     """Scores with a mask, of which some hide every key of a query."""
     mask = b.choose("none", "causal", "bool", "scores", "where", "tril", "bias", "earlier", "added", "times")
-    fill = b.choose("-1e4", "-1e9", "torch.finfo({0}.dtype).min", "float('-inf')", "-3.0")
+    fill = b.choose("-1e4", "-1e9", "torch.finfo({0}.dtype).min", "float('-inf')", "-3.0",
+                    "0.5")  # fmt: skip
     if mask == "earlier":
         fill = fill.replace("float('-inf')", "-1e9")  # without a key nothing is defined
         return b.do(f"{{0}}.masked_fill(~torch.ones({{0}}.shape[-2:]).tril(-1).bool(), {fill})", s)

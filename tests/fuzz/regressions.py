@@ -71,4 +71,18 @@ PROGRAMS = {
         (4, 3),
         ((3, 5),),
     ),
+    # Probabilities of a query that sees no key are NaN, and then 0: so is what they pass on to the values.
+    "probabilities zeroed where a sum of masks is infinite": Program(
+        (
+            Leaf(0, "input", ("B", 2, "T", 4)),
+            Leaf(1, "input", ("B", 2, "T", 4)),
+            Leaf(2, "input", ("B", 2, "T", 4)),
+        ),
+        (
+            Step(3, "{0} @ {1}.mT + 2 * torch.full(({0}.shape[-2],) * 2, torch.finfo({0}.dtype).min).triu(0)", (0, 1)),
+            Step(4, "{0}.softmax(-1).masked_fill(~torch.ones({0}.shape[-2:]).tril(-1).bool(), 0.0) @ {1}", (3, 2)),
+        ),
+        (4,),
+        ((2, 4),),
+    ),
 }

@@ -262,6 +262,15 @@ def by_bmm(q, k, v):
     return torch.bmm(scores.view(B * HEADS, T, T).softmax(-1), v)
 
 
+def zeroed(scores_of, zero):
+    """Probabilities that are set to 0, of queries that see no key too."""
+
+    def attention(q, k, v):
+        return zero(scores_of(q @ k.mT / 4).softmax(-1)) @ v
+
+    return attention, [q(), q(), q()]
+
+
 def one_head_for_all(q, k, v):
     scores = torch.einsum("bhid,bjd->bhij", q, k) / 4 + BIAS
     return torch.einsum("bhij,bjd->bhid", scores.softmax(-1), v)
@@ -286,10 +295,24 @@ def one_mask_for_two(q, k, v):
 
 EARLIER = torch.ones(T, T).tril(-1).bool()  # of which the first query sees none
 LOWEST = torch.finfo(torch.float32).min
+COLUMN = normal(B, HEADS, 1, T)
+UNSEEN = torch.zeros(T, T).masked_fill(~EARLIER, -torch.inf)
 
 ATTENTIONS = {
     "nothing visible, filled": attend(lambda s: s.masked_fill(~EARLIER, -1e9)),
     "nothing visible, added": attend(lambda s: s + torch.zeros(T, T).masked_fill(~EARLIER, LOWEST)),
+    "fill, then bias": attend(lambda s: torch.where(EARLIER, s, LOWEST) + BIAS.masked_fill(~VISIBLE, 1.0)),
+    "bias, then fill": attend(lambda s: (s + BIAS.masked_fill(~VISIBLE, 1.0)).masked_fill(~EARLIER, LOWEST)),
+    "bias, fill, bias": attend(lambda s: (s + COLUMN).masked_fill(~EARLIER, -5.0) * 0.5 + COLUMN),
+    "fill that leaves something": attend(lambda s: s.masked_fill(~VISIBLE, -3.0)),
+    "fills by two numbers": attend(lambda s: s.masked_fill(~VISIBLE, -torch.inf).masked_fill(~EARLIER, -1e9)),
+    "fills by two other numbers": attend(lambda s: s.masked_fill(~EARLIER, -1e9).masked_fill(~VISIBLE, -torch.inf)),
+    "raised": attend(lambda s: torch.max(s + BIAS + COLUMN * 1e38, torch.tensor(LOWEST))),
+    "raised, nothing visible": attend(lambda s: (s + UNSEEN).clamp(min=LOWEST)),
+    "raised far": attend(lambda s: s.clamp_min(-0.25)),
+    "zeroed": zeroed(lambda s: s.masked_fill(~EARLIER, -torch.inf), lambda p: p.masked_fill(~EARLIER, 0.0)),
+    "zeroed elsewhere": zeroed(lambda s: s + BIAS, lambda p: torch.where(EARLIER, 0.0, p)),
+    "zeroed twice": zeroed(lambda s: s, lambda p: torch.where(EARLIER, p, 0.0).masked_fill(COLUMN > 0, 0.0)),
     "small fill": attend(lambda s: s.masked_fill(~VISIBLE, -1e4)),
     "multiplied": attend(lambda s: s * VISIBLE.float() - 1e4 * (1 - VISIBLE.float())),
     "subtracted": attend(lambda s: s - 1e10 * (1 - VISIBLE.float())),

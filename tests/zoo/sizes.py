@@ -146,20 +146,16 @@ UNBUILDABLE: dict[str, str] = {
     "gemma4_unified_assistant": _DRAFTS,
 }
 
-_BOTH = "scores are filled by a finite number, and have a bias too: for a query without a key that is no sum of both"
 _RETURNED = "its blocks return the probabilities after dropout, which nobody can compute again later"
 _LOOP = "code in a loop over data-dependent lengths: Dynamo compiles its functions one by one, some by changing widths"
 
 # type -> (kind -> places of the census that are not found, why)
 MISSED: dict[str, tuple[dict[str, int], str]] = {
     "blt": ({"rms_norm": 1}, "behind a graph break, in a function that has no module's name"),
-    "cpmant": ({"attention": 2}, "probabilities are masked again after the softmax"),
-    "gpt_neo": ({"attention": 2}, _BOTH),
     "gpt_neox_japanese": ({"attention": 2}, _RETURNED),
     "hy_v4": ({"rms_norm": 5}, "not a norm: the factor of a row multiplies something else"),
     "longcat_flash": ({"glu": 2}, "a loop over experts that Dynamo leaves to Python, as it reads their numbers"),
     "megatron-bert": ({"attention": 2}, _RETURNED),
-    "mpt": ({"attention": 2}, _BOTH),
     "qwen4_exp": ({"rms_norm": 1, "rotary": 2}, _LOOP),
     "qwen4_exp_text": ({"rms_norm": 1, "rotary": 2}, _LOOP),
     "roformer": ({"attention": 2}, _RETURNED),

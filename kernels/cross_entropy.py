@@ -84,7 +84,7 @@ class _CrossEntropy(torch.autograd.Function):
             divisor, z_ratio = mean_divisor(target, weight, options, compute_dtype(logits))
         losses, gradient = _op(logits, target, weight, z_ratio, None, *options, need_grad)
         loss, divisor = reduce(losses, divisor)
-        ctx.save_for_backward(divisor, gradient)
+        ctx.save_for_backward(divisor, (target != options[0]).any(), gradient)
         return loss.to(out_dtype)
 
     @staticmethod
@@ -94,9 +94,9 @@ class _CrossEntropy(torch.autograd.Function):
             logits, target, weight = ctx.saved_tensors
             _, gradient = _op(logits, target, weight, None, dloss.to(compute_dtype(logits)), *ctx.options, True)
         else:
-            divisor, gradient = ctx.saved_tensors
-            factor = dloss.to(compute_dtype(dloss, gradient))
-            gradient = scale_op(gradient, factor if divisor is None else factor / divisor, gradient.dtype)
+            divisor, counts, gradient = ctx.saved_tensors
+            factor = upstream_factor(dloss.to(compute_dtype(dloss, gradient)), divisor, counts)
+            gradient = scale_op(gradient, factor, gradient.dtype)
         return gradient, None, None, None, None, None, None
 
 
@@ -123,6 +123,14 @@ def reduce(losses, divisor):
     if divisor is None:
         return loss, None
     return loss / divisor, torch.where(divisor == 0, 1, divisor) if divisor.is_floating_point() else divisor.clamp(1)
+
+
+def upstream_factor(dloss, divisor, counts):
+    """What gradients for an upstream gradient of 1 are multiplied by.
+
+    counts: whether any row is not ignored. If not, they are 0 whatever the loss was divided by afterwards, and be it 0.
+    """
+    return torch.where(counts, dloss if divisor is None else dloss / divisor, 0)
 
 
 def _fake(

@@ -15,8 +15,8 @@ and the formulas with class weights and a z-loss are those of cross_entropy.py.
 import torch
 from torch.autograd.function import once_differentiable
 
-from .common import ceil_div, compute_dtype, next_power_of_2, no_autocast, on_device, register, traceable, use_triton
-from .cross_entropy import check_options, mean_divisor, reduce, row_losses, scale_op
+from .common import ceil_div, compute_dtype, no_autocast, on_device, register, traceable, use_triton
+from .cross_entropy import check_options, mean_divisor, reduce, row_losses, scale_op, upstream_factor
 
 
 @traceable
@@ -62,7 +62,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             divisor, z_ratio = mean_divisor(target, class_weight, options, compute_dtype(x, weight))
         losses, *grads = _op(x, weight, target, bias, class_weight, z_ratio, None, *options, *needs)
         loss, divisor = reduce(losses, divisor)
-        ctx.save_for_backward(divisor, *grads)
+        ctx.save_for_backward(divisor, (target != options[0]).any(), *grads)
         return loss.to(out_dtype)
 
     @staticmethod
@@ -75,9 +75,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             _, *grads = _op(x, weight, target, bias, class_weight, None, upstream, *ctx.options, *needs)
             grads = [g.to(dtype) if need else None for g, need, dtype in zip(grads, needs, ctx.dtypes, strict=True)]
         else:
-            divisor, *grads = ctx.saved_tensors
-            factor = dloss.to(compute_dtype(dloss, *grads))
-            factor = factor if divisor is None else factor / divisor
+            divisor, counts, *grads = ctx.saved_tensors
+            factor = upstream_factor(dloss.to(compute_dtype(dloss, *grads)), divisor, counts)
             grads = [
                 scale_op(g, factor, dtype) if need else None
                 for g, need, dtype in zip(grads, needs, ctx.dtypes, strict=True)
@@ -86,11 +85,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return dx, dweight, None, dbias, None, None, None, None, None
 
 
-def default_chunk(rows, classes):
-    """Rows per chunk, from shapes alone: up to 2^27 logits (256 MiB in bfloat16), at least 512 rows, evenly split."""
-    most = max(512, next_power_of_2(max((1 << 27) // max(classes, 1), 1) + 1) // 2)
+MOST = 300 << 20  # logits at a time: 600 MiB in bfloat16
+FEW = 6  # sums of so many chunks in bfloat16 stay within 1.6 times the error of one product (measured, bench/NOTES.md)
+
+
+def default_chunk(rows, classes, trained=False):
+    """Rows per chunk, from shapes alone: at least 512, evenly split; multiples of 256, which fill tiles of a product.
+
+    trained: as many as MOST allows, as the weight's gradient is read and written once a chunk; else up to 2^27 logits.
+    """
+    most = max(512, (MOST if trained else 1 << 27) // max(classes, 1) // 256 * 256)
     even = ceil_div(rows, ceil_div(rows, most)) if rows else 1
-    return min(ceil_div(even, 64) * 64, max(rows, 1))
+    return min(ceil_div(even, 256) * 256, max(rows, 1))
 
 
 def _grad_dtype(tensor):
@@ -124,7 +130,7 @@ def _implementation(
     (classes, width), rows = weight.shape, target.numel()
     dtype = matmul_dtype or x.dtype
     compute = losses.dtype
-    chunk = chunk_tokens or default_chunk(rows, classes)
+    chunk = chunk_tokens or default_chunk(rows, classes, need_dweight)
     x, target = x.reshape(rows, width), target.reshape(rows)
     dx_rows = dx.view(rows, width) if need_dx else None
     w = weight.to(dtype)
@@ -134,7 +140,7 @@ def _implementation(
     # where torch.mm in bfloat16 multiplies what lies behind the columns by zero, and NaN stays NaN (torch 2.13).
     padded = ceil_div(classes, 64) * 64 if use_triton(x) else classes
     buffer = x.new_empty(min(chunk, rows), padded, dtype=dtype)[:, :classes]
-    weight_sum = dweight if dweight.dtype is compute or rows <= chunk else torch.empty_like(dweight, dtype=compute)
+    weight_sum = dweight if rows <= FEW * chunk else torch.empty_like(dweight, dtype=compute)
     bias_sum = torch.zeros_like(dbias, dtype=compute)
     if rows == 0:
         weight_sum.zero_()
@@ -163,7 +169,7 @@ def _implementation(
 
 
 def _matmul_into(out, a, b, accumulate):
-    """out = a @ b (+ out); `out` may be wider than the operands (float32 sums of bfloat16 products)."""
+    """out = a @ b (+ out); `out` may be wider than the operands (float32 sums of bfloat16 or float16 products)."""
     if out.dtype != a.dtype and not (a.is_cuda and out.dtype is torch.float32):
         a, b = a.to(out.dtype), b.to(out.dtype)
     wider = {} if out.dtype == a.dtype else {"out_dtype": out.dtype}

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from numerics import BEHAVIOURS, compare, eager_linear_cross_entropy, strided
+from numerics import BEHAVIOURS, compare, eager_linear_cross_entropy, run, strided
 
 from rewriter.kernels.linear_cross_entropy import default_chunk, linear_cross_entropy
 
@@ -100,7 +100,8 @@ def test_float16_gradients_survive_a_large_mean():
 
 
 def test_chunk_is_a_function_of_shapes():
-    assert default_chunk(8192, 151936) == 512
+    assert default_chunk(8192, 151936) == 768
+    assert default_chunk(8192, 151936, trained=True) == default_chunk(8192, 128256, trained=True) == 2048
     assert default_chunk(8192, 128256) == 1024
     assert default_chunk(8192, 32000) == 4096
     assert default_chunk(8191, 128256) == 1024
@@ -166,3 +167,17 @@ def test_no_uninitialised_memory_is_read(classes):
     finally:
         torch.use_deterministic_algorithms(before)
     assert all(t.isfinite().all() for t in (loss, x.grad, weight.grad))
+
+
+@pytest.mark.parametrize("divide", [lambda loss, count: loss, lambda loss, count: loss / count])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_all_ignored(reduction, divide):
+    """Gradients are 0, also where the model divides by the number of rows that count; the loss is eager's."""
+    x, w, target, b = inputs()
+    target = torch.full_like(target, -100)
+    count = (target != -100).sum()
+    outcomes = [run(lambda *t, f=f: divide(f(*t), count), [x, w, target, b]) for f in both(reduction=reduction)]
+    for new, old in zip(*outcomes, strict=True):
+        for a, c in zip(new, old, strict=True):
+            torch.testing.assert_close(a, c, equal_nan=True)
+    assert all(g.eq(0).all() for g in outcomes[0][1])

@@ -85,4 +85,20 @@ PROGRAMS = {
         (4,),
         ((2, 4),),
     ),
+    # No label counts: the loss is 0 / 0, and still all gradients are 0.
+    "a loss over no labels, divided by their number": Program(
+        (
+            Leaf(0, "input", ("B", "T", 8)),
+            Leaf(1, "parameter", (11, 8), fill="small"),
+            Leaf(2, "input", ("B", "T"), "int64", grad=False, fill="labels"),
+        ),
+        (
+            Step(3, "F.linear({}, {}).flatten(0, 1)", (0, 1)),
+            Step(4, "torch.full_like({}, -100).view(-1)", (2,)),
+            Step(5, 'F.cross_entropy({}, {}, reduction="sum")', (3, 4)),
+            Step(6, "{} / ({} != -100).sum()", (5, 4)),
+        ),
+        (6,),
+        ((2, 4),),
+    ),
 }

@@ -64,7 +64,7 @@ def test_real_sizes(options, groups):
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_lengths(queries, keys, is_causal):
     check(q=(2, 4, queries, 64), k=(2, 1, keys, 64), is_causal=is_causal, sink="h")
-    check(q=(2, 4, queries, 64), k=(2, 1, keys, 64), is_causal=is_causal, visible="b1qk", fill=-1.0)
+    check(q=(2, 4, queries, 64), k=(2, 1, keys, 64), is_causal=is_causal, visible="b1qk", fill=-1.0, sink="h")
 
 
 SHAPES_OVER_SCORES = ["bhqk", "b1qk", "1hqk", "qk", "hq1", "b11k"]

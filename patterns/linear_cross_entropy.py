@@ -65,6 +65,7 @@ class LinearCrossEntropy(Pattern):
     rounded_inputs = True
     row_operators = True
     lazy = True
+    rows = "x"
 
     def check(self, match: Match) -> str | None:
         x, weight = match.meta("x"), match.meta("weight")

@@ -15,7 +15,8 @@ import torch
 from torch import fx
 
 from rewriter.execute import execute, resolve, with_checkpoints
-from rewriter.lazy import LazyTensor
+from rewriter.lazy import LazyTensor, lazy_rows
+from rewriter.lazy_rows import Rows, Sources
 from rewriter.library import select
 from rewriter.log import log
 from rewriter.lower import Lowering
@@ -128,14 +129,16 @@ def _lazy_tensor(spec: LazyOutput, args: tuple, results: list) -> LazyTensor:
     ambient = spec.ambient or (True, ())
     device = next(v.device for v in values if isinstance(v, torch.Tensor))
 
-    def compute(*values: torch.Tensor) -> torch.Tensor:
+    def compute(values: list[torch.Tensor]) -> torch.Tensor:
         casts = dict(ambient[1])
         cast = torch.autocast(device.type, dtype=casts.get(device.type), enabled=device.type in casts)
         with torch.set_grad_enabled(grad), cast:
             return spec.module(*values)[0]
 
-    shape = spec.shape_of(tuple(tuple(v.shape) for v in values))
-    return LazyTensor(compute, values, shape, spec.meta.dtype, device, grad)
+    shape, sources = spec.shape_of(tuple(tuple(v.shape) for v in values)), Sources(values)
+    if spec.rows is not None and shape[:-1] == tuple(values[spec.rows].shape[:-1]):
+        return lazy_rows(Rows(sources, spec.rows, compute, shape, spec.meta.dtype, device, grad))
+    return LazyTensor(compute, sources, shape, spec.meta.dtype, device, grad)
 
 
 @functools.cache

@@ -1,20 +1,23 @@
 """A tensor that a model returns but its loss didn't need: shape, dtype and device are there, values come on demand.
 
-Metadata and copies of it (`detach`, `float`, `to(dtype)`) cost nothing. Anything else computes it once, with the graph
-that the model had, so a gradient through it is exact. It stays what it was when an optimizer changes the weights: then
-it keeps a copy of those it needs. Another change in place of what it is computed from is an error when it is read.
+Metadata and copies of it (`detach`, `float`, `to(dtype)`) cost nothing. Logits are read row by row where that will do
+(lazy_rows.py). Anything else computes it once, with the graph that the model had, so a gradient through it is exact. It
+stays what it was when an optimizer changes the weights: then it keeps a copy of those it needs. Another change in place
+of what it is computed from is an error when it is read.
 """
 
 from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils import _pytree as pytree
+
+from rewriter.lazy_rows import Rows, Sources, read
 
 _METADATA = {
     torch.Tensor.shape.__get__,
@@ -41,44 +44,31 @@ _GRADIENT = {torch.Tensor.retain_grad, torch.Tensor.register_hook, torch.Tensor.
 
 
 class LazyTensor(torch.Tensor):
-    """Computes itself with `compute(*sources)` at the first use of its values."""
+    """Computes itself with `compute(sources)` at the first use of its values."""
 
     @staticmethod
     def __new__(
         cls,
-        compute: Callable[..., torch.Tensor],
-        sources: Sequence[torch.Tensor],
+        compute: Callable[[list[torch.Tensor]], torch.Tensor],
+        sources: Sources,
         shape: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device,
         needs_grad: bool,
+        rows: Rows | None = None,
     ) -> LazyTensor:
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device, requires_grad=False)
-        self._compute, self._value, self._needs_grad = compute, None, needs_grad
-        self._sources = list(sources)
-        self._versions = [s._version for s in self._sources]
+        self._compute, self._sources, self._value, self._needs_grad = compute, sources, None, needs_grad
+        self._rows = rows
         _remember(self)
         return self
 
     def materialize(self) -> torch.Tensor:
         """The plain tensor; computed at the first call."""
         if self._value is None:
-            for source, version in zip(self._sources, self._versions, strict=True):
-                if source._version != version:
-                    raise RuntimeError(
-                        "this result is computed on demand, and what it is computed from was changed in place since "
-                        "the model returned it: read it before"
-                    )
-            self._value = self._compute(*self._sources)
-            self._compute, self._sources, self._versions = None, [], []
+            self._value = self._compute(self._sources.checked())
+            self._compute = self._sources = self._rows = None
         return self._value
-
-    def keep_from(self, parameters: set[int]) -> None:
-        """Keep own copies of the sources among these parameters (by id), which are about to be written in place."""
-        for i, source in enumerate(self._sources):
-            if id(source) in parameters:
-                self._sources[i] = source.detach().clone()
-                self._versions[i] = self._sources[i]._version
 
     @classmethod
     @torch.compiler.disable  # Dynamo meets it behind a graph break, and loses its way in here
@@ -96,9 +86,11 @@ class LazyTensor(torch.Tensor):
                     f"{func.__name__} on a result that the loss was not computed from: the head and the loss were "
                     "fused. Use rewriter.optimize(model, exclude=('linear_cross_entropy',)) to keep them apart."
                 )
-            follower = _follower(self, func, args[1:], kwargs)
-            if follower is not None:
-                return follower
+            result = _by_rows(self, func, args[1:], kwargs)
+            if result is NotImplemented:
+                result = _follower(self, func, args[1:], kwargs)
+            if result is not NotImplemented:
+                return result
         return func(*_materialized(args), **_materialized(kwargs))
 
     @classmethod
@@ -106,14 +98,35 @@ class LazyTensor(torch.Tensor):
         return func(*_materialized(args), **_materialized(kwargs or {}))
 
 
+def lazy_rows(rows: Rows) -> LazyTensor:
+    """The tensor that `rows` describes."""
+
+    def compute(_: list[torch.Tensor]) -> torch.Tensor:
+        return rows.whole()
+
+    return LazyTensor(compute, rows.sources, rows.shape, rows.dtype, rows.device, rows.needs_grad, rows)
+
+
 def _materialized(tree: Any) -> Any:
     return pytree.tree_map(lambda t: t.materialize() if isinstance(t, LazyTensor) else t, tree)
 
 
-def _follower(source: LazyTensor, func: Callable, args: tuple, kwargs: dict) -> LazyTensor | None:
-    """A lazy tensor for `func(source)` where func only changes dtype or detaches."""
+def _by_rows(source: LazyTensor, func: Callable, args: tuple, kwargs: dict) -> Any:
+    """`func(source)` by a way that never has all of it, or NotImplemented."""
+    if source._rows is None:
+        return NotImplemented
+
+    def rows_of(value: Any) -> Any:
+        return value._rows or value.materialize() if isinstance(value, LazyTensor) else value
+
+    result = read(source._rows, func, pytree.tree_map(rows_of, args), pytree.tree_map(rows_of, kwargs))
+    return lazy_rows(result) if isinstance(result, Rows) else result
+
+
+def _follower(source: LazyTensor, func: Callable, args: tuple, kwargs: dict) -> Any:
+    """A lazy tensor for `func(source)` where func only changes dtype or detaches, or NotImplemented."""
     if source._value is not None or kwargs:
-        return None
+        return NotImplemented
     dtype, needs_grad = source.dtype, source._needs_grad
     casts = {torch.Tensor.float: torch.float32, torch.Tensor.double: torch.float64, torch.Tensor.half: torch.float16,
              torch.Tensor.bfloat16: torch.bfloat16}  # fmt: skip
@@ -124,10 +137,13 @@ def _follower(source: LazyTensor, func: Callable, args: tuple, kwargs: dict) -> 
     elif func is torch.Tensor.detach and not args:
         needs_grad = False
     else:
-        return None
+        return NotImplemented
     needs_grad = needs_grad and torch.is_grad_enabled()
-    shape = tuple(source.shape)
-    return LazyTensor(lambda: func(source.materialize(), *args), (), shape, dtype, source.device, needs_grad)
+
+    def compute(_: list[torch.Tensor]) -> torch.Tensor:
+        return func(source.materialize(), *args)
+
+    return LazyTensor(compute, Sources([]), tuple(source.shape), dtype, source.device, needs_grad)
 
 
 _pending: dict[int, weakref.ref[LazyTensor]] = {}
@@ -144,10 +160,10 @@ def _remember(tensor: LazyTensor) -> None:
 @functools.cache
 def _watch_optimizers() -> None:
     def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        waiting = [t for ref in list(_pending.values()) if (t := ref()) is not None and t._sources]
+        waiting = [t for ref in list(_pending.values()) if (t := ref()) is not None and t._sources is not None]
         if waiting:
             parameters = {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
             for tensor in waiting:
-                tensor.keep_from(parameters)
+                tensor._sources.keep_from(parameters)
 
     register_optimizer_step_pre_hook(before_step)

@@ -94,7 +94,7 @@ class Legality:
         lazy = self._check_escapes(covered, outputs, first.pattern.lazy)
         before = self._place(inputs, outputs)
         self._check_order(covered, inputs, outputs, before)
-        self._check_writes(covered, inputs, outputs, before)
+        self._check_writes(covered, inputs, outputs, before, bool(lazy))
         self._check_draws(covered, before)
         check_fake(call, inputs, outputs, self._fakes)
         bound = {v.node for m in matches for v in m.bound.values()} - {None}
@@ -168,7 +168,7 @@ class Legality:
                 if source in flow and sink in flow and nx.has_path(flow, source, sink):
                     raise Illegal(f"{sink.name} depends on {source.name}", sink)
 
-    def _check_writes(self, covered: tuple, inputs: tuple, outputs: tuple, before: fx.Node) -> None:
+    def _check_writes(self, covered: tuple, inputs: tuple, outputs: tuple, before: fx.Node, lazy: bool) -> None:
         high = self.position[before]
         inside = set(covered)
         for node in (*inputs, *covered):
@@ -181,6 +181,8 @@ class Legality:
                     raise Illegal(f"{writer.name} writes {node.name} in place", writer)
                 if node in inputs and at >= high and any(tensor_meta(n).requires_grad for n in outputs):
                     raise Illegal(f"{writer.name} writes {node.name} in place, which backward may need", writer)
+                if node in inputs and lazy:
+                    raise Illegal(f"{writer.name} writes {node.name} in place, of which a result is made later", writer)
 
     def _check_draws(self, covered: tuple, before: fx.Node) -> None:
         """Random numbers are drawn in the order in which the model draws them."""

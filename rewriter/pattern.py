@@ -154,6 +154,7 @@ class Pattern:
     row_operators:  slices and reshapes that keep the last dimension are seen through inside a match
     zeroing:        so are dropout, whose random numbers the replacement then draws, and `where` with 0
     lazy:           an intermediate result may leave the graph as an output that is computed on demand
+    rows:           of a lazy one, the hole of whose rows each makes a row of such a result: parts can be read then
     parts:          of a composite: the patterns that a match of it counts for as well
     """
 
@@ -163,6 +164,7 @@ class Pattern:
     row_operators: bool = False
     zeroing: bool = False
     lazy: bool = False
+    rows: str = ""
     parts: tuple[str, ...] = ()
 
     def __eq__(self, other: object) -> bool:

@@ -24,6 +24,7 @@ class LazyOutput:
     index:   its place among the outputs that the caller expects
     kept:    how many of the new graph's outputs the caller gets; the rest serve lazy outputs
     module:  computes it from `sources`: ("input", i) is the graph's i-th input, ("output", i) its i-th new output
+    rows:    the source of which each row makes a row of it, if there is one
     """
 
     index: int
@@ -33,6 +34,7 @@ class LazyOutput:
     meta: TensorMeta
     ambient: tuple | None
     dtypes: tuple[torch.dtype, ...]
+    rows: int | None
     _shapes: dict = field(default_factory=dict)
 
     def shape_of(self, shapes: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
@@ -114,6 +116,21 @@ def _delay_outputs(graph: fx.Graph, promised: list, new: dict[fx.Node, fx.Node])
                 kept.append(node)
             sources.append(("output", kept.index(node)))
         meta, ambient = tensor_meta(result), result.meta.get("ambient")
-        lazy.append(LazyOutput(index, count, module, tuple(sources), meta, ambient, dtypes))
+        lazy.append(LazyOutput(index, count, module, tuple(sources), meta, ambient, dtypes, _rows(site, module)))
     output.args = (tuple(kept),)
     return lazy
+
+
+def _rows(site: Site, module: fx.GraphModule) -> int | None:
+    """The place among a site's inputs of what goes into a head, if its rows are treated each by itself."""
+    name = site.matches[0].pattern.rows
+    own = {n.target for n in module.graph.nodes if n.op == "call_function"}
+    return site.inputs.index(site.matches[0][name]) if name and own <= _ROW_BY_ROW else None
+
+
+_aten = torch.ops.aten
+_ROW_BY_ROW = {
+    _aten.linear.default, _aten.matmul.default, _aten.t.default, _aten.transpose.int, _aten.mul.Tensor,
+    _aten.mul.Scalar, _aten.div.Tensor, _aten.div.Scalar, _aten.tanh.default, _aten.add.Tensor, _aten.to.dtype,
+    _aten._to_copy.default, _aten.alias.default, _aten.contiguous.default,
+}  # fmt: skip

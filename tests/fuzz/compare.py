@@ -207,6 +207,8 @@ def _unlike(new, olds, truth, floor, least):
     if truth is None:  # float64 raised where the others didn't
         truth = olds[0]
     overflown = sum(_odd(o) for o in olds).bool() & ~_odd(truth).bool()  # in float16, where better rounding needn't be
+    if overflown.any():  # what NaN reaches from there depends on the order of steps: times 0, or masked
+        overflown |= _odd(new).bool() & ~_odd(truth).bool()
     # The derivative of a root at 0 is infinite, and times 0 no number; a kernel that has none of it may know the limit.
     undefined = truth.isnan() & torch.stack([o.isnan() for o in olds]).all(0) & new.isfinite()
     there = ~(overflown | undefined)

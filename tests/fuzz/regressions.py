@@ -101,4 +101,25 @@ PROGRAMS = {
         (6,),
         ((2, 4),),
     ),
+    # Logits on demand were made of an input that the graph wrote after them.
+    "what a result on demand is made of, written later": Program(
+        (
+            Leaf(0, "input", ("B", "T", 4)),
+            Leaf(1, "parameter", (11, 4), fill="small"),
+            Leaf(2, "input", ("B", "T"), "int64", grad=False, fill="labels"),
+        ),
+        (
+            Step(3, "{} * 1.0 + 0.5", (0,)),
+            Under(
+                "torch.no_grad()",
+                (
+                    Step(4, "F.linear({}, {})", (3, 1)),
+                    Step(5, "F.cross_entropy({}.flatten(0, 1), {}.flatten())", (4, 2)),
+                    Step(6, "{}.mul_(1.5)", (3,)),
+                ),
+            ),
+        ),
+        (5, 4, 6),
+        ((2, 4),),
+    ),
 }

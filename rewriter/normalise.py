@@ -43,8 +43,10 @@ def _merge(graph: fx.Graph) -> None:
     written, known = written_nodes(graph), {}
     for node in list(graph.nodes):
         meta = tensor_meta(node)
-        if node.op != "call_function" or meta is None or node in written or not _is_pure(node):
+        if node.op != "call_function" or meta is None or not _is_pure(node):
             continue
+        if node in written or any(operand in written for operand in node.all_input_nodes):
+            continue  # it may be written between the two
         target, view = node.target, _is_view(node)
         if any(user.op == "output" for user in node.users) or (not view and (meta.requires_grad or _leaves(node))):
             continue

@@ -122,4 +122,17 @@ PROGRAMS = {
         (5, 4, 6),
         ((2, 4),),
     ),
+    # The same product, before and after what it is of was written: not the same number.
+    "a product twice, its operand written between": Program(
+        (Leaf(0, "input", ("B", "T", 8), grad=False), Leaf(1, "parameter", (8,))),
+        (
+            Step(2, "torch.rsqrt({}.pow(2).mean(-1, keepdim=True) + 1e-6)", (0,)),
+            Step(3, "{} * {}", (0, 2)),
+            Step(4, "{}.mul_(1.5)", (0,)),
+            Step(5, "{} * {}", (0, 2)),
+            Step(6, "{0} * {2} + {1}", (3, 5, 1)),
+        ),
+        (6,),
+        ((2, 4),),
+    ),
 }

@@ -7,6 +7,7 @@ so.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,7 @@ from torch import fx
 
 from rewriter.execute import execute, resolve, with_checkpoints
 from rewriter.lazy import LazyTensor, lazy_rows
-from rewriter.lazy_rows import Rows, Sources
+from rewriter.lazy_rows import Head, Rows, Sources
 from rewriter.library import select
 from rewriter.log import log
 from rewriter.lower import Lowering
@@ -137,8 +138,40 @@ def _lazy_tensor(spec: LazyOutput, args: tuple, results: list) -> LazyTensor:
 
     shape, sources = spec.shape_of(tuple(tuple(v.shape) for v in values)), Sources(values)
     if spec.rows is not None and shape[:-1] == tuple(values[spec.rows].shape[:-1]):
-        return lazy_rows(Rows(sources, spec.rows, compute, shape, spec.meta.dtype, device, grad))
+        rows = Rows(sources, spec.rows, compute, shape, spec.meta.dtype, device, grad)
+        return lazy_rows(dataclasses.replace(rows, head=_head(spec, dict(ambient[1]).get(device.type), values)))
     return LazyTensor(compute, sources, shape, spec.meta.dtype, device, grad)
+
+
+def _head(spec: LazyOutput, matmul_dtype: torch.dtype | None, values: list) -> Head | None:
+    """What a loss of it can be fused with: a linear layer in one dtype, maybe scaled and capped by numbers."""
+    places = {node: i for i, node in enumerate(spec.module.graph.find_nodes(op="placeholder"))}
+    linear, *steps = [n for n in spec.module.graph.nodes if n.op not in ("placeholder", "output")]
+    if linear.target is not aten.linear.default or linear.kwargs or places.get(linear.args[0]) != spec.rows:
+        return None
+    before, after, capped, last = 1.0, 1.0, False, linear
+    for step in steps:
+        number = step.args[1] if len(step.args) == 2 else None
+        if step.args[0] is not last or step.kwargs or step.target not in (*_SCALINGS, aten.tanh.default):
+            return None
+        last = step
+        if step.target is aten.tanh.default:
+            if capped:
+                return None
+            capped = True
+        elif not isinstance(number, int | float) or not number > 0:
+            return None
+        else:
+            factor = 1 / number if step.target in (aten.div.Tensor, aten.div.Scalar) else number
+            before, after = (before, after * factor) if capped else (before * factor, after)
+    x, weight, *bias = (places.get(a) for a in linear.args if a is not None)
+    if None in (weight, *bias) or (len({values[i].dtype for i in (x, weight, *bias)}) > 1 and matmul_dtype is None):
+        return None
+    return Head(weight, bias[0] if bias else None, matmul_dtype, before * after, after if capped else None)
+
+
+aten = torch.ops.aten
+_SCALINGS = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
 
 
 @functools.cache

@@ -19,7 +19,23 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-ELEMENTS = 1 << 27  # of some rows at a time
+from rewriter.kernels.linear_cross_entropy import linear_cross_entropy
+
+ELEMENTS = 1 << 26  # of some rows at a time
+
+
+@dataclass(frozen=True)
+class Head:
+    """Rows that are softcap(scale * (x @ weight.T + bias)), weight and bias given by their places among the sources.
+
+    dtype: what operands of the product are rounded to first, if anything
+    """
+
+    weight: int
+    bias: int | None
+    dtype: torch.dtype | None
+    scale: float
+    softcap: float | None
 
 
 class Changed(RuntimeError):
@@ -67,6 +83,7 @@ class Rows:
 
     picked:     what stands in for that source: some of its rows, or the same in another shape
     needs_grad: whether it has a gradient
+    head:       what it is, where it is no more than a head's logits
     """
 
     sources: Sources
@@ -77,6 +94,7 @@ class Rows:
     device: torch.device
     needs_grad: bool
     picked: torch.Tensor | None = None
+    head: Head | None = None
 
     def values(self) -> list[torch.Tensor]:
         """All sources; raises Changed."""
@@ -173,13 +191,22 @@ def _cross_entropy(
     rows: Rows, function: Callable, target: torch.Tensor, weight: torch.Tensor | None = None, size_average: Any = None,
     ignore_index: int = -100, reduce: Any = None, reduction: str = "mean", label_smoothing: float = 0.0,
 ) -> Any:  # fmt: skip
-    """In float32, rounded to the dtype of the logits in the end."""
+    """In float32, rounded to the dtype of the logits in the end; fused where they are a head's."""
     count = rows.shape[0]
     known = len(rows.shape) == 2 and target.shape == (count,) and not target.is_floating_point()
     if not known or size_average is not None or reduce is not None or (weight is not None and weight.requires_grad):
         return NotImplemented
     wide = torch.promote_types(rows.dtype, torch.float32)
     dtype = F.cross_entropy(rows.small().repeat(2, 1), target.new_zeros(2)).dtype if rows.dtype != wide else wide
+
+    if rows.head is not None and rows.dtype != torch.float64:
+        values = rows.values() if rows.needs_grad else [_detached(v) for v in rows.values()]
+        bias = None if rows.head.bias is None else values[rows.head.bias]
+        return linear_cross_entropy(
+            values[rows.place], values[rows.head.weight], target, bias=bias, ignore_index=ignore_index,
+            reduction=reduction, label_smoothing=label_smoothing, class_weight=weight, matmul_dtype=rows.head.dtype,
+            scale=rows.head.scale, softcap=rows.head.softcap, out_dtype=dtype,
+        )  # fmt: skip
 
     def finish(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         with torch.autocast(rows.device.type, enabled=False):
@@ -213,7 +240,9 @@ def _map(rows: Rows, function: Callable, *args: Any, **kwargs: Any) -> Any:
             return function(z, *args, **kwargs)
 
     dtype = function(rows.small(), *args, **kwargs).dtype
-    return replace(rows, function=after, dtype=dtype, needs_grad=rows.needs_grad and torch.is_grad_enabled())
+    grad = rows.needs_grad and torch.is_grad_enabled()
+    wider = function in _CASTS and torch.promote_types(rows.dtype, dtype) == dtype  # which a loss in float32 is anyway
+    return replace(rows, function=after, dtype=dtype, needs_grad=grad, head=rows.head if wider else None)
 
 
 def _softmax(rows: Rows, function: Callable, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
@@ -246,7 +275,8 @@ def _product(rows: Rows, function: Callable, other: Any) -> Any:
             return function(one, two)
 
     grad = (rows.needs_grad or other.needs_grad) and torch.is_grad_enabled()
-    return replace(rows, function=after, dtype=function(rows.small(), other.small()).dtype, needs_grad=grad)
+    dtype = function(rows.small(), other.small()).dtype
+    return replace(rows, function=after, dtype=dtype, needs_grad=grad, head=None)
 
 
 # ---- what picks rows
@@ -320,5 +350,6 @@ _TABLE = (
     (_reshape, ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze")),
     (_contiguous, ("contiguous",)),
 )  # fmt: skip
+_CASTS = {torch.Tensor.float, torch.Tensor.double, torch.Tensor.half, torch.Tensor.bfloat16, torch.Tensor.to}
 _HANDLERS = {function: handler for handler, names in _TABLE for name in names for function in _both(name)}
 _HANDLERS |= {F.softmax: _softmax, F.log_softmax: _softmax, F.cross_entropy: _cross_entropy}

@@ -37,10 +37,13 @@ class Head(nn.Module):
 class Watch(torch.utils._python_dispatch.TorchDispatchMode):
     """The number of rows of logits that were there at once, at most."""
 
-    rows = 0
+    def __init__(self):
+        super().__init__()
+        self.rows, self.called = 0, set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
+        self.called.add(function)
         for t in torch.utils._pytree.tree_leaves(out):
             plain = isinstance(t, torch.Tensor) and not isinstance(t, LazyTensor) and not t.is_meta
             if plain and t.dim() and t.shape[-1] == V:
@@ -153,6 +156,16 @@ def test_same_as_eager(name, options):
         assert (a is None) == (b is None)
         assert a is None or relative(a, b) < 1e-5 or (a - b).abs().max() < 1e-6
     assert rows <= 4 if name in READS else rows > 4
+
+
+@pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("name", ["loss", "shifted loss", "loss of floats", "sum", "losses", "weighted"])
+def test_a_loss_of_ones_own_is_fused(name, options):
+    model, _, x = pair(options)
+    _, logits = model(x, TARGET)
+    with Watch() as watch:
+        READS[name](logits)
+    assert torch.ops.rewriter.linear_cross_entropy.default in watch.called
 
 
 @pytest.mark.parametrize("name", ["argmax", "logsumexp", "loss", "entropy", "log-probabilities", "topk"])

@@ -96,6 +96,38 @@ def test_a_window_is_not_causal_however_short_the_first_batch():
     assert {"masks": ("drop",)} in details(report)  # at 6 tokens alone it is causal
 
 
+def positions(scores, dtype=torch.int64):
+    i = torch.arange(scores.shape[-1]).to(dtype)
+    return i[:, None], i
+
+
+def floors(scores):
+    i, j = positions(scores)
+    return scores.masked_fill(j > i + torch.div(i, 12, rounding_mode="floor"), -torch.inf)
+
+
+def scaled(scores):
+    i, j = positions(scores)
+    return scores.masked_fill(j * 1.05 > i + 0.9, -torch.inf)  # from 18 on no query sees its own position
+
+
+def last_of_them(scores):
+    (i, j), first = positions(scores), max(scores.shape[-1] - 16, 0)
+    return scores.masked_fill((j > i) | ((j < first) & (i >= first)), -torch.inf)
+
+
+def rounded(scores):
+    i, j = positions(scores, torch.bfloat16)
+    return scores.masked_fill(j > i, -torch.inf)  # from 256 on neighbours have the same number
+
+
+@pytest.mark.parametrize(
+    "masked, lengths", [(floors, (6, 9, 30)), (scaled, (6, 9, 30)), (last_of_them, (6, 9, 30)), (rounded, (6, 9, 270))]
+)
+def test_what_looks_causal_at_first_is_what_it_is(masked, lengths):
+    assert_trains_alike(Model(masked=masked), steps(*lengths))
+
+
 def test_queries_that_see_no_key():
     model = Model(masked=earlier).double().float()
     report = assert_trains_alike(model, steps(7, 9))[2]

@@ -1,6 +1,6 @@
 """Attention kernel against compiled flex_attention and dense eager maths, on one GPU.
 
-    OUT=/some/folder python /tmp/attn_bench.py            from the repository root, with rewriter importable
+    OUT=/some/folder python bench/kernels/attention.py          from the repository root, with rewriter importable
 
 Numbers are checked first (float64 on a slice of the batch), then forward and forward+backward are timed.
 TFLOP/s count the causal half: 4 * B * H * T^2 * D / 2 forward, 2.5 times that backward.

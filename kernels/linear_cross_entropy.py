@@ -140,7 +140,8 @@ def _implementation(
     # where torch.mm in bfloat16 multiplies what lies behind the columns by zero, and NaN stays NaN (torch 2.13).
     padded = ceil_div(classes, 64) * 64 if use_triton(x) else classes
     buffer = x.new_empty(min(chunk, rows), padded, dtype=dtype)[:, :classes]
-    weight_sum = dweight if rows <= FEW * chunk else torch.empty_like(dweight, dtype=compute)
+    in_place = dweight.dtype is compute or rows <= FEW * chunk
+    weight_sum = dweight if in_place else torch.empty_like(dweight, dtype=compute)
     bias_sum = torch.zeros_like(dbias, dtype=compute)
     if rows == 0:
         weight_sum.zero_()

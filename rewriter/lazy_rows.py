@@ -329,10 +329,9 @@ def _like(function: Callable, rows: Rows, results: list[torch.Tensor]) -> Any:
     return type(function(rows.small(), dim=-1))(results)
 
 
-def _both(name: str, *more: Callable) -> Iterator[Callable]:
+def _both(name: str) -> Iterator[Callable]:
     """The function of torch and the method of this name."""
     yield from (getattr(owner, name) for owner in (torch, torch.Tensor) if hasattr(owner, name))
-    yield from more
 
 
 _TABLE = (

@@ -181,7 +181,7 @@ class Legality:
                     raise Illegal(f"{writer.name} writes {node.name} in place", writer)
                 if node in inputs and at >= high and any(tensor_meta(n).requires_grad for n in outputs):
                     raise Illegal(f"{writer.name} writes {node.name} in place, which backward may need", writer)
-                if node in inputs and lazy:
+                if node in inputs and at >= high and lazy:
                     raise Illegal(f"{writer.name} writes {node.name} in place, of which a result is made later", writer)
 
     def _check_draws(self, covered: tuple, before: fx.Node) -> None:

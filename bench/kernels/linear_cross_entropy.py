@@ -116,8 +116,6 @@ def matmuls(shape, trained):
 
 
 def main():
-    import triton
-
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", default="")
     arguments = parser.parse_args()
@@ -128,7 +126,6 @@ def main():
         except importlib.metadata.PackageNotFoundError:
             continue
     results = {"device": torch.cuda.get_device_name(), "versions": versions, "dtype": str(DTYPE), "rows": []}
-    assert triton
     print(results["device"], versions)
     for shape in SHAPES:
         for trained in (False, True):

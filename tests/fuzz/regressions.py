@@ -135,4 +135,23 @@ PROGRAMS = {
         (6,),
         ((2, 4),),
     ),
+    # The mask breaks the graph, and behind it the input of the head is written: eager's backward raises, ours at once.
+    "input of logits on demand written behind a graph break": Program(
+        (
+            Leaf(0, "input", ("B", "T", 8), grad=False),
+            Leaf(1, "parameter", (11, 8), fill="small"),
+            Leaf(2, "input", ("B", "T"), "int64", grad=False, fill="labels"),
+        ),
+        (
+            Step(3, "F.linear({}, {})", (0, 1)),
+            Step(4, "{}.view(-1, 11)", (3,)),
+            Step(5, "{}.view(-1)", (2,)),
+            Step(6, "{}.log_softmax(-1)", (4,)),
+            Step(7, "{}.gather(-1, {}.clamp(min=0)[:, None]).squeeze(-1)", (6, 5)),
+            Step(8, "-{}[{} != -100].mean()", (7, 5)),
+            Step(9, "{0}.mul_(1.5)", (0,)),
+        ),
+        (3, 8),
+        ((2, 4),),
+    ),
 }

@@ -149,6 +149,9 @@ class Legality:
         first_use = min(users, key=self.position.__getitem__)
         last_output = max(outputs, key=self.position.__getitem__)
         before = min(first_use, last_output, key=self.position.__getitem__)
+        first_output = min(outputs, key=self.position.__getitem__)
+        while before is not first_output and before.meta.get("ambient") != first_output.meta.get("ambient"):
+            before = before.prev  # the first use is under another grad mode or autocast: not there
         for node in inputs:
             if self.position[node] >= self.position[before]:
                 raise Illegal(f"{node.name} comes after the first use of a result", node)

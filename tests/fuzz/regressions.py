@@ -154,4 +154,20 @@ PROGRAMS = {
         (3, 8),
         ((2, 4),),
     ),
+    # The joined sum was placed in front of its first use, which is under no_grad: no gradient at all, in silence.
+    "first use of a joined result without gradients": Program(
+        (
+            Leaf(0, "input", ("B", "T", 8), grad=False),
+            Leaf(1, "parameter", (8, 8), fill="small"),
+            Leaf(2, "parameter", (8,)),
+        ),
+        (
+            Step(3, "F.linear({}, {})", (0, 1)),
+            Step(4, "{} + {}", (0, 3)),
+            Under("torch.no_grad()", (Step(5, "{}.abs().mean()", (4,)),)),
+            Step(6, "F.rms_norm({}, (8,), {}, 1e-06)", (4, 2)),
+        ),
+        (5, 6),
+        ((2, 4),),
+    ),
 }

@@ -24,6 +24,9 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 LIBRARY = torch.library.Library("rewriter", "FRAGMENT")
 
 
+# Operators that Inductor does better by itself: operator -> function of the same arguments made of PyTorch's.
+DECOMPOSITIONS = {}
+
 # Dynamo takes the families' public functions into its graphs whole and leaves their autograd to AOTAutograd. Looking
 # into an autograd.Function itself, Dynamo of torch 2.11 gives linear_cross_entropy a wrong gradient (2.13 a right one).
 traceable = torch.compiler.allow_in_graph

@@ -16,6 +16,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .common import (
+    DECOMPOSITIONS,
     ceil_div,
     compute_dtype,
     jit,
@@ -154,13 +155,13 @@ def _implementation(logits, target, weight, z_ratio, upstream, *options_and_need
 
 def row_losses(
     logits, target, class_weight, z_ratio, upstream, losses, gradient, columns,
-    ignore_index, label_smoothing, scale, softcap, z_loss,
+    ignore_index, label_smoothing, scale, softcap, z_loss, wanted=None,
 ):  # fmt: skip
     """Write the losses of logits [..., V] and their gradient [rows, V] (None: not wanted), which may be the logits.
 
     target, upstream (of each row, or None for 1), losses: [rows]. class_weight: [V] or None. z_ratio: 0-d, None for 1.
     columns: how many of each row of logits and gradient may be read and overwritten, V or, with padding, more: masks
-    that end at a multiple of 16 keep loads and stores wide.
+    that end at a multiple of 16 keep loads and stores wide. wanted (Triton): None, or [rows], 0 for a row that is left.
     """
     classes = logits.shape[-1]
     if use_triton(logits):
@@ -168,7 +169,8 @@ def row_losses(
         z, *layout = rows(logits, list(range(logits.dim())))
         _rows_kernel[(target.numel(),)](
             z, target.contiguous(), class_weight if class_weight is None else class_weight.contiguous(), z_ratio,
-            upstream if upstream is None else upstream.contiguous(), losses, gradient, classes, columns, *layout,
+            upstream if upstream is None else upstream.contiguous(), losses, gradient, wanted,
+            classes, columns, *layout,
             classes if gradient is None else gradient.stride(0), IGNORE=ignore_index, SMOOTHING=label_smoothing,
             SCALE=scale, SOFTCAP=softcap or 0.0, Z_LOSS=z_loss, ACC=triton_dtype(losses.dtype), BLOCK=BLOCK,
             num_warps=warps,
@@ -226,16 +228,20 @@ def _logit(Z, column, width, columns, SCALE: tl.constexpr, SOFTCAP: tl.constexpr
 
 @jit
 def _rows_kernel(
-    LOGITS, TARGET, CLASS_WEIGHT, Z_RATIO, UPSTREAM, LOSS, GRADIENT, width, columns, z_inner, z_outer, z_step, d_step,
-    IGNORE: tl.constexpr, SMOOTHING: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, Z_LOSS: tl.constexpr,
-    ACC: tl.constexpr, BLOCK: tl.constexpr,
+    LOGITS, TARGET, CLASS_WEIGHT, Z_RATIO, UPSTREAM, LOSS, GRADIENT, WANTED, width, columns,
+    z_inner, z_outer, z_step, d_step, IGNORE: tl.constexpr, SMOOTHING: tl.constexpr, SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr, Z_LOSS: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row a program: log-sum-exp and loss in one pass, the gradient, in place or not, in a second one.
 
     Pointers may be None: CLASS_WEIGHT, UPSTREAM and Z_RATIO (to one number) for 1, GRADIENT if it is not wanted.
-    Of a row's `columns`, the first `width` are classes and the rest padding that may be overwritten.
+    WANTED: which rows to do, None for all. Of a row's `columns`, the first `width` are classes and the rest padding
+    that may be overwritten.
     """
     row = tl.program_id(0)
+    if WANTED is not None:
+        if tl.load(WANTED + row) == 0:
+            return
     Z = LOGITS + row_start(row, z_inner, z_outer, z_step)
     target = tl.load(TARGET + row).to(tl.int64)
     block = tl.arange(0, BLOCK)
@@ -315,10 +321,14 @@ def _rows_kernel(
 
 
 @jit
-def _scale_kernel(X, FACTOR, Y, count, BLOCK: tl.constexpr):
+def _scale_kernel(X, FACTOR, Y, count, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr):
+    """Y = X * FACTOR; Y may be X, IN_PLACE, which is left alone if the factor is 1."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     at = start + tl.arange(0, BLOCK)
     factor = tl.load(FACTOR)
+    if IN_PLACE:
+        if factor == 1:
+            return
     if start + BLOCK <= count:  # without a mask loads and stores are wide
         tl.store(Y + at, tl.load(X + at).to(factor.dtype) * factor)
     else:
@@ -333,8 +343,23 @@ def _scale(x, factor, dtype):
     BLOCK = 4096
     with on_device(x):
         if x.numel():
-            _scale_kernel[(ceil_div(x.numel(), BLOCK),)](x.contiguous(), factor, y, x.numel(), BLOCK=BLOCK, num_warps=8)
+            _scale_kernel[(ceil_div(x.numel(), BLOCK),)](
+                x.contiguous(), factor, y, x.numel(), IN_PLACE=False, BLOCK=BLOCK, num_warps=8
+            )
     return y
+
+
+def scale_in_place(x, factor):
+    """x *= factor (a 0-d tensor), without the cost of it if the factor is 1. x: contiguous."""
+    if not use_triton(x):
+        x.mul_(factor)
+        return
+    BLOCK = 4096
+    with on_device(x):
+        if x.numel():
+            _scale_kernel[(ceil_div(x.numel(), BLOCK),)](
+                x, factor, x, x.numel(), IN_PLACE=True, BLOCK=BLOCK, num_warps=8
+            )
 
 
 def _scale_fake(x, factor, dtype):
@@ -348,3 +373,5 @@ _op = register(
     _fake,
 )
 scale_op = register("scaled(Tensor x, Tensor factor, ScalarType dtype) -> Tensor", _scale, _scale_fake)
+# Inductor writes it over x, which nothing else will read: no copy of a weight's gradient.
+DECOMPOSITIONS[scale_op] = lambda x, factor, dtype: (x.to(factor.dtype) * factor).to(dtype)

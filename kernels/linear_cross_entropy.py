@@ -15,8 +15,9 @@ and the formulas with class weights and a z-loss are those of cross_entropy.py.
 import torch
 from torch.autograd.function import once_differentiable
 
+from . import linear_cross_entropy_triton as exponentials
 from .common import ceil_div, compute_dtype, no_autocast, on_device, register, traceable, use_triton
-from .cross_entropy import check_options, mean_divisor, reduce, row_losses, scale_op, upstream_factor
+from .cross_entropy import check_options, mean_divisor, reduce, row_losses, scale_in_place, scale_op, upstream_factor
 
 
 @traceable
@@ -60,9 +61,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         divisor, z_ratio = None, None
         if reduction == "mean":
             divisor, z_ratio = mean_divisor(target, class_weight, options, compute_dtype(x, weight))
-        losses, *grads = _op(x, weight, target, bias, class_weight, z_ratio, None, *options, *needs)
+        losses, dx, dweight, dbias = _op(x, weight, target, bias, class_weight, z_ratio, None, *options, *needs)
         loss, divisor = reduce(losses, divisor)
-        ctx.save_for_backward(divisor, (target != options[0]).any(), *grads)
+        # The weight's gradient is as large as the weight: backward scales it in place and gives it away. If it is asked
+        # again, it is made again, from what a linear layer would have saved. A trace of this does neither.
+        ctx.gives_away = needs[0] and needs[1] and dweight.dtype is weight.dtype and type(dweight) is torch.Tensor
+        if ctx.gives_away:
+            ctx.dweight, dweight = dweight, None
+        again = (x, weight, target, bias, class_weight, z_ratio) if ctx.gives_away else ()
+        ctx.save_for_backward(divisor, (target != options[0]).any(), dx, dweight, dbias, *again)
         return loss.to(out_dtype)
 
     @staticmethod
@@ -75,26 +82,32 @@ class _LinearCrossEntropy(torch.autograd.Function):
             _, *grads = _op(x, weight, target, bias, class_weight, None, upstream, *ctx.options, *needs)
             grads = [g.to(dtype) if need else None for g, need, dtype in zip(grads, needs, ctx.dtypes, strict=True)]
         else:
-            divisor, counts, *grads = ctx.saved_tensors
-            factor = upstream_factor(dloss.to(compute_dtype(dloss, *grads)), divisor, counts)
+            divisor, counts, dx, dweight, dbias, *again = ctx.saved_tensors
+            factor = upstream_factor(dloss.to(compute_dtype(dloss, dx, dweight, dbias)), divisor, counts)
             grads = [
-                scale_op(g, factor, dtype) if need else None
-                for g, need, dtype in zip(grads, needs, ctx.dtypes, strict=True)
+                scale_op(g, factor, dtype) if need and g is not None else None
+                for g, need, dtype in zip((dx, dweight, dbias), needs, ctx.dtypes, strict=True)
             ]
+            if ctx.gives_away:
+                grads[1], ctx.dweight = ctx.dweight, None
+                if grads[1] is None:
+                    _, _, grads[1], _ = _op(*again, None, *ctx.options, False, True, needs[2])
+                scale_in_place(grads[1], factor)
         dx, dweight, dbias = grads
         return dx, dweight, None, dbias, None, None, None, None, None
 
 
-MOST = 300 << 20  # logits at a time: 600 MiB in bfloat16
+# Numbers of a chunk [rows, V], with the head trained or not: 540 and 320 MiB in bfloat16.
+MOST = {True: 270 << 20, False: 160 << 20}
 FEW = 6  # sums of so many chunks in bfloat16 stay within 1.6 times the error of one product (measured, bench/NOTES.md)
 
 
 def default_chunk(rows, classes, trained=False):
     """Rows per chunk, from shapes alone: at least 512, evenly split; multiples of 256, which fill tiles of a product.
 
-    trained: as many as MOST allows, as the weight's gradient is read and written once a chunk; else up to 2^27 logits.
+    trained: more of them, as the weight's gradient is read and written once a chunk.
     """
-    most = max(512, (MOST if trained else 1 << 27) // max(classes, 1) // 256 * 256)
+    most = max(512, MOST[trained] // max(classes, 1) // 256 * 256)
     even = ceil_div(rows, ceil_div(rows, most)) if rows else 1
     return min(ceil_div(even, 256) * 256, max(rows, 1))
 
@@ -121,7 +134,6 @@ def _implementation(
     x, weight, target, bias, class_weight, z_ratio, upstream, ignore_index, label_smoothing, scale, softcap, z_loss,
     matmul_dtype, chunk_tokens, need_dx, need_dweight, need_dbias,
 ):  # fmt: skip
-    need_any = need_dx or need_dweight or need_dbias
     options = (ignore_index, label_smoothing, scale, softcap, z_loss)
     losses, dx, dweight, dbias = _fake(
         x, weight, target, bias, class_weight, z_ratio, upstream, *options, matmul_dtype, chunk_tokens,
@@ -129,44 +141,59 @@ def _implementation(
     )  # fmt: skip
     (classes, width), rows = weight.shape, target.numel()
     dtype = matmul_dtype or x.dtype
-    compute = losses.dtype
-    chunk = chunk_tokens or default_chunk(rows, classes, need_dweight)
     x, target = x.reshape(rows, width), target.reshape(rows)
-    dx_rows = dx.view(rows, width) if need_dx else None
-    w = weight.to(dtype)
-    b = bias if bias is None else bias.to(dtype)
     upstream = upstream if upstream is None else upstream.reshape(rows).contiguous()
+    w = weight.to(dtype)
+    fused = exponentials.suits(x, w, dtype, label_smoothing, need_dbias)
+    chunk = chunk_tokens or default_chunk(rows, classes, need_dweight)
     # For Triton rows of logits are padded: with an odd number of classes all access would be unaligned. Not for a CPU,
     # where torch.mm in bfloat16 multiplies what lies behind the columns by zero, and NaN stays NaN (torch 2.13).
     padded = ceil_div(classes, 64) * 64 if use_triton(x) else classes
     buffer = x.new_empty(min(chunk, rows), padded, dtype=dtype)[:, :classes]
-    in_place = dweight.dtype is compute or rows <= FEW * chunk
-    weight_sum = dweight if in_place else torch.empty_like(dweight, dtype=compute)
-    bias_sum = torch.zeros_like(dbias, dtype=compute)
+    in_place = dweight.dtype is losses.dtype or rows <= FEW * chunk
+    weight_sum = dweight if in_place else torch.empty_like(dweight, dtype=losses.dtype)
     if rows == 0:
         weight_sum.zero_()
-    with no_autocast(x), on_device(x):
-        for start in range(0, rows, chunk):
-            part = slice(start, min(start + chunk, rows))
-            x_part = x[part].to(dtype)
-            logits = buffer[: part.stop - start]
-            if b is None:
-                torch.mm(x_part, w.t(), out=logits)
-            else:
-                torch.addmm(b, x_part, w.t(), out=logits)
-            row_losses(
-                logits, target[part], class_weight, z_ratio, upstream if upstream is None else upstream[part],
-                losses[part], logits if need_any else None, buffer.stride(0), *options,
+        dbias.zero_()
+    else:
+        with no_autocast(x), on_device(x):
+            work = exponentials.chunks if fused else _chunks
+            work(
+                x, w, target, bias, class_weight, z_ratio, upstream, losses,
+                dx.view(rows, width) if need_dx else None, weight_sum if need_dweight else None,
+                *([] if fused else [dbias if need_dbias else None]), buffer, *options,
             )  # fmt: skip
-            if need_dx:
-                _matmul_into(dx_rows[part], logits, w, False)
-            if need_dweight:
-                _matmul_into(weight_sum, logits.t(), x_part, start > 0)
-            if need_dbias:
-                bias_sum += logits.sum(0, dtype=compute)
     if weight_sum is not dweight:
         dweight.copy_(weight_sum)
-    return losses, dx, dweight, dbias.copy_(bias_sum) if need_dbias else dbias
+    return losses, dx, dweight, dbias
+
+
+def _chunks(x, w, target, bias, class_weight, z_ratio, upstream, losses, dx, dweight, dbias, buffer, *options):
+    """What linear_cross_entropy_triton.chunks does, and dbias [V], by the library's products and the row kernel."""
+    dtype, chunk = w.dtype, len(buffer)
+    b = bias if bias is None else bias.to(dtype)
+    bias_sum = None if dbias is None else torch.zeros_like(dbias, dtype=losses.dtype)
+    need_any = not (dx is None and dweight is None and dbias is None)
+    for start in range(0, len(x), chunk):
+        part = slice(start, min(start + chunk, len(x)))
+        x_part = x[part].to(dtype)
+        logits = buffer[: part.stop - start]
+        if b is None:
+            torch.mm(x_part, w.t(), out=logits)
+        else:
+            torch.addmm(b, x_part, w.t(), out=logits)
+        row_losses(
+            logits, target[part], class_weight, z_ratio, upstream if upstream is None else upstream[part],
+            losses[part], logits if need_any else None, buffer.stride(0), *options,
+        )  # fmt: skip
+        if dx is not None:
+            _matmul_into(dx[part], logits, w, False)
+        if dweight is not None:
+            _matmul_into(dweight, logits.t(), x_part, start > 0)
+        if dbias is not None:
+            bias_sum += logits.sum(0, dtype=bias_sum.dtype)
+    if dbias is not None:
+        dbias.copy_(bias_sum)
 
 
 def _matmul_into(out, a, b, accumulate):

@@ -9,6 +9,8 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import checkpoint
 
+from rewriter.kernels.common import DECOMPOSITIONS
+
 EXECUTORS = ("eager", "inductor", "auto")
 _CHECKPOINT = torch._higher_order_ops.wrap.tag_activation_checkpoint
 
@@ -24,10 +26,12 @@ def execute(gm: fx.GraphModule, example_inputs: list[Any], executor: str) -> Cal
     """A callable of the graph's inputs that gives the graph's outputs as a tuple or list."""
     if executor == "inductor":
         from torch._inductor.compile_fx import compile_fx
+        from torch._inductor.decomposition import select_decomp_table
 
         # Random numbers as eager draws them: the same seed gives the same dropout masks, and a forward that is
         # recomputed under another graph (checkpointing) draws what it drew before.
-        return compile_fx(gm, example_inputs, config_patches={"fallback_random": True})
+        decompositions = {**select_decomp_table(), **DECOMPOSITIONS}
+        return compile_fx(gm, example_inputs, config_patches={"fallback_random": True}, decompositions=decompositions)
     with_checkpoints(gm)
     return gm.forward
 

@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
+from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from rewriter.kernels import (  # noqa: E402
     attention,
@@ -24,6 +25,7 @@ from rewriter.kernels import (  # noqa: E402
     glu,
     layer_norm,
     linear_cross_entropy,
+    linear_cross_entropy_triton,
     rms_norm,
     rotary,
 )
@@ -34,6 +36,8 @@ TYPES = {
     torch.float32: "*fp32",
     torch.float64: "*fp64",
     torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
     torch.bool: "*i1",
 }
 SHARED_MEMORY = {80: 163, 89: 99, 90: 227}  # KiB that a program can have
@@ -91,6 +95,14 @@ def linear_cross_entropy_launches(classes, dtype, **options):
     linear_cross_entropy.linear_cross_entropy(x, w, target, **options).sum().backward()
 
 
+def exponentials_launches(dtype, width=4096, **options):
+    """The head and loss of Hopper, in several chunks; they take bfloat16 alone."""
+    x, w = (torch.ones(n, width, dtype=torch.bfloat16, requires_grad=True) for n in (512, 4100))
+    target = torch.zeros(512, dtype=torch.int64)
+    options = {"reduction": "none", "bias": torch.ones(4100, dtype=torch.bfloat16), "z_loss": 1e-4, **options}
+    linear_cross_entropy.linear_cross_entropy(x, w, target, chunk_tokens=256, **options).sum().backward()
+
+
 def attention_launches(width, dtype, bias=None, visible=False, sink=False, keep=False, keys=256, **options):
     q, k, v = (
         torch.ones(2, n, heads, width, dtype=dtype).transpose(1, 2).requires_grad_()
@@ -104,6 +116,11 @@ def attention_launches(width, dtype, bias=None, visible=False, sink=False, keep=
     ).sum().backward()  # fmt: skip
 
 
+HOPPER = {
+    "loss on Hopper": exponentials_launches,
+    "loss on Hopper, plain": lambda dtype: exponentials_launches(dtype, 1536, reduction="mean", bias=None, z_loss=0.0),
+    "loss on Hopper, soft cap": lambda dtype: exponentials_launches(dtype, softcap=30.0, class_weight=torch.ones(4100)),
+}
 CASES = {
     "rms_norm of heads": lambda dtype: rms_norm_launches(128, dtype),
     "rms_norm 1536": lambda dtype: rms_norm_launches(1536, dtype),
@@ -171,6 +188,12 @@ def launches(monkeypatch):
     return recorded
 
 
+def type_of(value):
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{TYPES[value.base.dtype][1:]}{list(value.block_shape)}>".replace(" ", "")
+    return TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
+
+
 def source(kernel, arguments, keywords):
     """What Triton's launcher would compile: integers of 1 and None are constants, multiples of 16 are known as such."""
     values = dict(zip(kernel.arg_names, arguments, strict=False)) | keywords
@@ -181,7 +204,9 @@ def source(kernel, arguments, keywords):
         if parameter.is_constexpr or value is None or is_one:
             signature[parameter.name], constants[(i,)] = "constexpr", value
             continue
-        signature[parameter.name] = TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
+        signature[parameter.name] = type_of(value)
+        if isinstance(value, TensorDescriptor):
+            continue
         if isinstance(value, torch.Tensor) or (value % 16 == 0 and not parameter.do_not_specialize):
             attributes[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constants, attributes)
@@ -205,7 +230,11 @@ def spilled_bytes(ptx, capability, folder):
 @pytest.mark.parametrize("case", CASES)
 def test_compiles_without_spills(case, capability, dtype, launches, monkeypatch, tmp_path):
     monkeypatch.setattr(attention_triton, "has_warpgroups", lambda x: capability == 90)
-    CASES[case](dtype)
+    check_compiled(CASES[case], dtype, capability, launches, tmp_path)
+
+
+def check_compiled(case, dtype, capability, launches, folder):
+    case(dtype)
     assert launches
     for kernel, arguments, keywords in launches:
         options = {name: value for name, value in keywords.items() if name.startswith("num_")}
@@ -213,12 +242,20 @@ def test_compiles_without_spills(case, capability, dtype, launches, monkeypatch,
             source(kernel, arguments, keywords), target=GPUTarget("cuda", capability, 32), options=options
         )
         assert compiled.metadata.shared <= SHARED_MEMORY[capability] << 10, kernel.__name__
-        assert spilled_bytes(compiled.asm["ptx"], capability, tmp_path) == 0, kernel.__name__
+        assert spilled_bytes(compiled.asm["ptx"], capability, folder) == 0, kernel.__name__
 
 
-def test_every_kernel_is_compiled(launches):
+@pytest.mark.parametrize("case", HOPPER)
+def test_compiles_for_hopper(case, launches, monkeypatch, tmp_path):
+    monkeypatch.setattr(linear_cross_entropy_triton, "has_tensor_memory_accelerator", lambda x: True)
+    check_compiled(HOPPER[case], torch.bfloat16, 90, launches, tmp_path)
+
+
+def test_every_kernel_is_compiled(launches, monkeypatch):
     for case in CASES.values():
         case(torch.bfloat16)
-    families = (attention_triton, cross_entropy, glu, layer_norm, rms_norm, rotary)
+    monkeypatch.setattr(linear_cross_entropy_triton, "has_tensor_memory_accelerator", lambda x: True)
+    exponentials_launches(torch.bfloat16)
+    families = (attention_triton, cross_entropy, glu, layer_norm, linear_cross_entropy_triton, rms_norm, rotary)
     kernels = {f.__name__ for m in families for f in vars(m).values() if isinstance(f, JITFunction)}
     assert {k for k in kernels if k.endswith("_kernel")} == {kernel.__name__ for kernel, *_ in launches}

@@ -99,12 +99,29 @@ def test_float16_gradients_survive_a_large_mean():
     compare(*(lambda *t, f=f: f(*t).float() * 1024 for f in both(chunk_tokens=512)), [x, w, target])
 
 
+@pytest.mark.parametrize("trained", [(True, True, True), (True, True, False), (False, True, False)])
+def test_backward_twice(trained):
+    """The first backward gives the weight's gradient away, and whoever has it may write it."""
+    leaves = inputs()
+    for t, needed in zip((leaves[0], leaves[1], leaves[3]), trained, strict=True):
+        t.requires_grad_(needed)
+    wanted = [t for t in leaves if t.requires_grad]
+    loss = linear_cross_entropy(*leaves[:3], bias=leaves[3], chunk_tokens=8)
+    first = torch.autograd.grad(3 * loss, wanted, retain_graph=True)
+    expected = [g.clone() for g in first]
+    for g in first:
+        g.zero_()
+    for g, again in zip(expected, torch.autograd.grad(3 * loss, wanted), strict=True):
+        assert torch.equal(again, g)
+
+
 def test_chunk_is_a_function_of_shapes():
-    assert default_chunk(8192, 151936) == 768
-    assert default_chunk(8192, 151936, trained=True) == default_chunk(8192, 128256, trained=True) == 2048
-    assert default_chunk(8192, 128256) == 1024
+    assert default_chunk(8192, 151936) == 1024
+    assert default_chunk(8192, 151936, trained=True) == 1792
+    assert default_chunk(8192, 128256, trained=True) == 2048
+    assert default_chunk(8192, 128256) == 1280
     assert default_chunk(8192, 32000) == 4096
-    assert default_chunk(8191, 128256) == 1024
+    assert default_chunk(8191, 128256) == 1280
     assert default_chunk(10, 151936) == 10
     assert default_chunk(1, 1) == default_chunk(0, 7) == 1
 

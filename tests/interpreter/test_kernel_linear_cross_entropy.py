@@ -4,6 +4,7 @@ import pytest
 import torch
 from numerics import compare, eager_linear_cross_entropy, fakes, strided
 
+from rewriter.kernels import linear_cross_entropy_triton
 from rewriter.kernels.linear_cross_entropy import linear_cross_entropy
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -87,3 +88,52 @@ def test_no_rows():
 
 def test_layouts_are_those_of_the_fake_operator():
     fakes(both(chunk_tokens=4)[0], lambda n: inputs(rows=(2, n), ignored=2))
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """The kernels of Hopper, with small tiles; float32 stands for bfloat16, which the interpreter can't multiply."""
+    monkeypatch.setattr(linear_cross_entropy_triton, "suits", lambda *_: True)
+    monkeypatch.setattr(linear_cross_entropy_triton, "TILE", (16, 32, 16))
+
+
+HOPPER = [
+    {},
+    {"softcap": 3.0, "scale": 0.7},
+    {"softcap": 3.0, "scale": -1.5, "z_loss": 1e-2, "class_weight": torch.linspace(0.0, 2.0, 75)},
+]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("options", HOPPER)
+@pytest.mark.parametrize("ignored", [0, 5, 20])
+def test_exponentials(hopper, reduction, options, ignored):
+    x, w, target, b = inputs(rows=(3, 13), classes=75, width=20, ignored=ignored)
+    compare(*both(reduction=reduction, chunk_tokens=16, **options), [x, w, target, b.detach()])
+    compare(*both(reduction=reduction, chunk_tokens=23, **options), [x, w.detach(), target])
+
+
+@pytest.mark.parametrize("scale", [30.0, 1e3])
+@pytest.mark.parametrize("options", [{}, {"z_loss": 1e-3}, {"softcap": 400.0}])
+def test_exponentials_too_large_for_the_dtype(hopper, scale, options):
+    """Some rows, or all, are done again as logits."""
+    x, w, target = inputs(rows=(3, 13), classes=75, width=20, bias=False)
+    compare(*both(chunk_tokens=16, reduction="none", scale=scale, **options), [x, w, target])
+
+
+def test_exponentials_of_an_unknown_class_and_of_no_number(hopper):
+    x, w, target = inputs(rows=(39,), classes=75, width=20, bias=False)
+    target[0], target[7] = 75, 1 << 40
+    with torch.no_grad():
+        x[1] = float("nan")
+    assert target[1] == -100
+    losses = linear_cross_entropy(x, w, target, reduction="none", chunk_tokens=16)
+    assert losses.isnan().nonzero().flatten().tolist() == [0, 7]
+    (dx,) = torch.autograd.grad(losses[8:].sum(), x)
+    assert dx[8:].isfinite().all() and dx[1].eq(0).all()
+
+
+def test_exponentials_all_ignored(hopper):
+    x, w, target = inputs(rows=(39,), classes=75, width=20, bias=False)
+    loss = linear_cross_entropy(x, w, target.fill_(-100), reduction="sum", chunk_tokens=16)
+    assert loss == 0 and all(g.eq(0).all() for g in torch.autograd.grad(loss, (x, w)))

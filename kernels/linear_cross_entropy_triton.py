@@ -1,0 +1,367 @@
+"""linear_cross_entropy on Hopper: three matrix products, and next to nothing else that touches [tokens, V] numbers.
+
+The first product writes, in place of the logits z, what the other two need of them. With t the target of a row,
+
+    e_k = exp(z_k - z_t) for k != t,  S = sum e_k,  loss = log(1 + S),  dz_k = e_k / (1 + S),  dz_t = -S / (1 + S),
+
+so once S is known and e_t := -S is written, dX = r (e W) and dW = e^T (r X), where r = 1 / (1 + S) scales rows of the
+narrow side; no row of V numbers is read again, and nothing cancels. Class weights, a z-loss, scales and upstream
+gradients change r and e_t alone; a soft cap multiplies e_k by its derivative (formulas: linear_cross_entropy.py).
+
+Rows that are ignored are sorted behind the others; the products are told on the device how many rows there are.
+
+bfloat16 has float32's range, so e_k can be far above 1. Where S is too large for it (a logit 69 above the target's),
+the row is done again, as logits and by the row kernel of cross_entropy.py. Those launches end at once if there is none.
+"""
+
+import torch
+
+from .common import ceil_div, jit, next_power_of_2, processors, tanh, tl
+from .cross_entropy import row_losses
+
+TILE = (128, 256, 64)  # of all three products; with 8 warps and 3 stages 0.94 to 1.0 of the library's speed (NOTES)
+LAUNCH = {"num_warps": 8, "num_stages": 3}
+MOST_PARTS = 96 << 20  # bytes of partial sums of dX
+
+
+def suits(x, weight, dtype, label_smoothing, need_dbias):
+    """Whether this file does it: bfloat16 on Hopper, where it was measured; the tensor memory accelerator's rules."""
+    return (
+        dtype is torch.bfloat16
+        and has_tensor_memory_accelerator(x)
+        and len(weight) >= 4096
+        and weight.shape[1] % 8 == 0
+        and (weight.stride(1), weight.stride(0) % 8, weight.data_ptr() % 16) == (1, 0, 0)
+        and not label_smoothing
+        and not need_dbias
+    )
+
+
+def has_tensor_memory_accelerator(x):
+    """Whether x is on a GPU of compute capability 9, Hopper."""
+    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
+
+
+def chunks(
+    x, weight, target, bias, class_weight, z_ratio, upstream, losses, dx, dweight, buffer,
+    ignore_index, label_smoothing, scale, softcap, z_loss,
+):  # fmt: skip
+    """Losses [rows], and into dx [rows, D] and dweight [V, D], if they are not None, the gradients.
+
+    x: [rows, D]. weight: [V, D] in bfloat16. buffer: [chunk, V] in bfloat16. dweight: bfloat16 or float32; of a
+    bfloat16 one, the sum over chunks is rounded once a chunk. upstream: [rows] or None.
+    """
+    from triton.tools.tensor_descriptor import TensorDescriptor  # here, as this module is imported without Triton
+
+    (rows, width), (chunk, classes) = x.shape, buffer.shape
+    BM, BN, BK = TILE
+    x = x if x.stride(1) == 1 else x.contiguous()
+    ignored = target == ignore_index
+    order = torch.argsort(ignored.to(torch.uint8), stable=True)
+    count = (~ignored).sum(dtype=torch.int32)
+    programs, parts, splits = processors(x), 2 * ceil_div(classes, BN), _splits(chunk, width, processors(x))
+    gathered = buffer.new_empty(chunk, width)
+    shift, factor, at_class = (x.new_empty(chunk, dtype=torch.float32) for _ in range(3))
+    sums = x.new_empty(parts, chunk, dtype=torch.float32)
+    klass = x.new_empty(chunk, dtype=torch.int32)
+    products = x.new_empty(splits, chunk, width, dtype=torch.float32) if dx is not None else None
+    in_order = torch.zeros_like(losses)
+    again = torch.zeros(ceil_div(rows, chunk), chunk + 1, dtype=torch.int32, device=x.device)  # last: whether any
+
+    def tiles(tensor, *shape):
+        return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(shape))
+
+    e_rows, e_columns, e_halves = tiles(buffer, BM, BK), tiles(buffer, BK, BM), tiles(buffer, BM, BN // 2)
+    x_rows, x_columns = tiles(gathered, BM, BK), tiles(gathered, BK, BN)
+    w_rows, w_columns = tiles(weight, BN, BK), tiles(weight, BK, BN)
+    BLOCK = min(next_power_of_2(width), 2048)
+    numbers = {"SCALE": scale, "SOFTCAP": softcap or 0.0}
+    for index, start in enumerate(range(0, rows, chunk)):
+        _gather_kernel[(chunk,)](
+            x, weight, bias, target, order, count, gathered, shift, klass, start, width, classes, x.stride(0),
+            weight.stride(0), **numbers, BLOCK=BLOCK, num_warps=4,
+        )  # fmt: skip
+        first = (x_rows, w_rows, e_halves, bias, shift, klass, sums, count)
+        sizes = {"start": start, "chunk": chunk, "width": width, "classes": classes}
+        _exponentials_kernel[(programs,)](
+            *first, None, None, **sizes, **numbers, BM=BM, BN=BN, BK=BK, PROGRAMS=programs, **LAUNCH
+        )
+        _sums_kernel[(ceil_div(chunk, 16),)](
+            buffer, sums, shift, klass, order, class_weight, z_ratio, upstream, in_order, factor, at_class,
+            again[index], count,
+            start, chunk, classes, parts, buffer.stride(0), Z_LOSS=z_loss, **numbers, PARTS=64, ROWS=16, num_warps=4,
+        )  # fmt: skip
+        _exponentials_kernel[(programs,)](
+            *first, at_class, again[index], **sizes, **numbers, BM=BM, BN=BN, BK=BK, PROGRAMS=programs, **LAUNCH
+        )
+        part = slice(start, min(start + chunk, rows))
+        n = part.stop - start
+        row_losses(  # -1 is nobody's class here: the rows that are ignored are not done again
+            buffer[:n], klass[:n], class_weight, z_ratio, None, in_order[part], buffer[:n], buffer.stride(0),
+            -1, 0.0, scale, softcap, z_loss, wanted=again[index],
+        )  # fmt: skip
+        if dx is not None:
+            _input_gradient_kernel[(programs,)](
+                e_rows, w_columns, products, count, start, chunk, width, classes,
+                SPLITS=splits, BM=BM, BN=BN, BK=BK, PROGRAMS=programs, **LAUNCH,
+            )  # fmt: skip
+        if dx is not None or dweight is not None:
+            _scale_rows_kernel[(n,)](
+                products, factor, order, count, gathered, dx, start, chunk, width, 0 if dx is None else dx.stride(0),
+                SPLITS=splits, BLOCK=BLOCK, num_warps=4,
+            )  # fmt: skip
+        if dweight is not None:
+            _weight_gradient_kernel[(programs,)](
+                e_columns, x_columns, tiles(dweight, BM, BN // 2), count, start, chunk, width, classes,
+                ADD=start > 0, BM=BM, BN=BN, BK=BK, PROGRAMS=programs, **LAUNCH,
+            )  # fmt: skip
+    losses.scatter_(0, order, in_order)
+
+
+def _splits(rows, width, programs):
+    """Into how many parts the long sum of dX is cut so that its tiles keep all multiprocessors busy to the end."""
+    tiles = ceil_div(rows, TILE[0]) * ceil_div(width, TILE[1])
+    most = max(1, min(16, MOST_PARTS // (4 * rows * width)))
+
+    def waste(splits):
+        return ceil_div(tiles * splits, programs) * programs / (tiles * splits) + splits / 250  # each is written, too
+
+    return min(range(1, most + 1), key=waste)
+
+
+@jit
+def _gather_kernel(
+    X, W, BIAS, TARGET, ORDER, COUNT, GATHERED, SHIFT, CLASS, start, width, classes, x_step, w_step,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row a program: its place in the chunk, its target's logit (the shift) and class; zeros behind the last row.
+
+    A class that there is not is `classes`. The shift of no row is infinite, so that its exponentials are 0.
+    """
+    at = tl.program_id(0)
+    block = tl.arange(0, BLOCK)
+    G = GATHERED + at.to(tl.int64) * width
+    if start + at < tl.load(COUNT):
+        row = tl.load(ORDER + start + at)
+        target = tl.load(TARGET + row).to(tl.int64)
+        known = (target >= 0) & (target < classes)
+        klass = tl.where(known, target, 0)
+        products = tl.zeros([BLOCK], tl.float32)
+        for column in range(0, width, BLOCK):
+            mask = column + block < width
+            x = tl.load(X + row.to(tl.int64) * x_step + column + block, mask=mask, other=0.0)
+            x = x.to(GATHERED.dtype.element_ty)
+            tl.store(G + column + block, x, mask=mask)
+            w = tl.load(W + klass * w_step + column + block, mask=mask, other=0.0)
+            products += x.to(tl.float32) * w.to(tl.float32)
+        z = tl.sum(products, 0)
+        if BIAS is not None:
+            z += tl.load(BIAS + klass).to(tl.float32)
+        z *= SCALE
+        if SOFTCAP != 0.0:
+            z = SOFTCAP * tanh(z / SOFTCAP)
+        tl.store(SHIFT + at, z)
+        tl.store(CLASS + at, tl.where(known, target, classes).to(tl.int32))
+    else:
+        for column in range(0, width, BLOCK):
+            zero = tl.zeros([BLOCK], GATHERED.dtype.element_ty)
+            tl.store(G + column + block, zero, mask=column + block < width)
+        tl.store(SHIFT + at, float("inf"))
+        tl.store(CLASS + at, classes)
+
+
+@jit
+def _rows_here(COUNT, start, chunk):
+    """How many rows of the chunk that begins at `start` there are."""
+    return tl.maximum(tl.minimum(tl.load(COUNT) - start, chunk), 0)
+
+
+@jit
+def _halves(tile, BM: tl.constexpr, BN: tl.constexpr):
+    """The left and right half of a tile's columns: a whole one does not fit beside the operands."""
+    return tl.split(tl.permute(tl.reshape(tile, (BM, 2, BN // 2)), (0, 2, 1)))
+
+
+@jit
+def _write_exponentials(
+    logits, e_desc, BIAS, SHIFT, CLASS, SUMS, AT_CLASS, AGAIN, row_start, column_start, part, chunk, classes,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    rows, columns = row_start + tl.arange(0, BM), column_start + tl.arange(0, BN)
+    there = rows < chunk
+    shift = tl.load(SHIFT + rows, mask=there, other=float("inf"))
+    klass = tl.load(CLASS + rows, mask=there, other=classes)
+    if BIAS is not None:
+        logits += tl.load(BIAS + columns, mask=columns < classes, other=0.0).to(tl.float32)[None, :]
+    LOG2E: tl.constexpr = 1.4426950408889634
+    if SOFTCAP != 0.0:
+        less = 2 / (1 + tl.exp2(logits * (2 * LOG2E * SCALE / SOFTCAP)))  # 1 - tanh
+        e = tl.exp2(((SOFTCAP - shift) * LOG2E)[:, None] - less * (LOG2E * SOFTCAP))
+    else:
+        e = tl.exp2(logits * (LOG2E * SCALE) - (shift * LOG2E)[:, None])
+    at_class = columns[None, :] == klass[:, None]
+    e = tl.where(at_class | (columns >= classes)[None, :], 0.0, e)
+    if AGAIN is None:
+        tl.store(SUMS + part.to(tl.int64) * chunk + rows, tl.sum(e, 1), mask=there)
+    if SOFTCAP != 0.0:
+        e *= less * (2 - less)
+    if AGAIN is not None:
+        e = tl.where(at_class, tl.load(AT_CLASS + rows, mask=there, other=0.0)[:, None], e)
+        e = tl.where((tl.load(AGAIN + rows, mask=there, other=0) != 0)[:, None], logits, e)
+    e_desc.store([row_start, column_start], e.to(e_desc.dtype))
+
+
+@jit
+def _exponentials_kernel(
+    x_desc, w_desc, e_desc, BIAS, SHIFT, CLASS, SUMS, COUNT, AT_CLASS, AGAIN, start, chunk, width, classes,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    """e of all but the targets, and its sums over each half of a tile's columns [2 tiles, chunk].
+
+    With AGAIN, which ends with whether any row is: e once more, all of it, and logits in the rows that are done again.
+    """
+    count = _rows_here(COUNT, start, chunk)
+    if AGAIN is not None:
+        count = tl.where(tl.load(AGAIN + chunk) == 0, 0, count)
+    down, across = tl.cdiv(count, BM), tl.cdiv(classes, BN)
+    for tile in tl.range(tl.program_id(0), down * across, PROGRAMS, flatten=AGAIN is None):
+        row_start, column_start = tile % down * BM, tile // down * BN
+        acc = tl.zeros([BM, BN], tl.float32)
+        for k in range(0, width, BK):
+            acc = tl.dot(x_desc.load([row_start, k]), w_desc.load([column_start, k]).T, acc)
+        left, right = _halves(acc, BM, BN)
+        part = tile // down * 2
+        _write_exponentials(
+            left, e_desc, BIAS, SHIFT, CLASS, SUMS, AT_CLASS, AGAIN, row_start, column_start, part, chunk, classes,
+            SCALE, SOFTCAP, BM, BN // 2,
+        )  # fmt: skip
+        _write_exponentials(
+            right, e_desc, BIAS, SHIFT, CLASS, SUMS, AT_CLASS, AGAIN, row_start, column_start + BN // 2, part + 1,
+            chunk, classes, SCALE, SOFTCAP, BM, BN // 2,
+        )  # fmt: skip
+
+
+@jit
+def _sums_kernel(
+    E, SUMS, SHIFT, CLASS, ORDER, CLASS_WEIGHT, Z_RATIO, UPSTREAM, LOSS, FACTOR, AT_CLASS, AGAIN, COUNT,
+    start, chunk, classes, parts, e_step, Z_LOSS: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
+    PARTS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """S of each row, its loss, its factor r of the gradient and e at its class; which rows have to be done again."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    here = rows < _rows_here(COUNT, start, chunk)
+    part = tl.arange(0, PARTS)
+    totals = tl.zeros([PARTS, ROWS], tl.float32)
+    for first in range(0, parts, PARTS):
+        mask = (first + part < parts)[:, None] & here[None, :]
+        totals += tl.load(SUMS + (first + part).to(tl.int64)[:, None] * chunk + rows[None, :], mask=mask, other=0.0)
+    others = tl.sum(totals, 0)
+    z = tl.load(SHIFT + rows, mask=here, other=0.0)
+    klass = tl.load(CLASS + rows, mask=here, other=classes)
+    fine = (others < 1.2676506002282294e30) & (klass < classes)  # 2^100; NaN is not
+    one_and = 1 + others
+    # log(1 + S) with what the sum's rounding took (Kahan)
+    log_sum = tl.where(one_and == 1, others, tl.log(one_and) * (others / tl.where(one_and == 1, 1, one_and - 1)))
+    confidence = tl.full([ROWS], 1.0, tl.float32)
+    if CLASS_WEIGHT is not None:
+        confidence = tl.load(CLASS_WEIGHT + klass, mask=here & fine, other=0.0).to(tl.float32)
+    loss = confidence * log_sum
+    factor = confidence
+    at_class = -others
+    if Z_LOSS != 0.0:
+        z_loss = tl.full([], Z_LOSS, tl.float32)
+        if Z_RATIO is not None:
+            z_loss *= tl.load(Z_RATIO).to(tl.float32)
+        log_sum += z
+        loss += z_loss * log_sum * log_sum
+        factor += 2 * z_loss * log_sum
+        factor = tl.where(tl.abs(factor) < 1e-6, 1e-6, factor)  # it is divided by, and nearly never so small
+        at_class = (2 * z_loss * log_sum - confidence * others) / factor
+    if SOFTCAP != 0.0:
+        at_class *= 1 - (z / SOFTCAP) * (z / SOFTCAP)
+    factor *= SCALE / one_and
+    factor = tl.where(fine, factor, 1.0)
+    if UPSTREAM is not None:
+        factor *= tl.load(UPSTREAM + tl.load(ORDER + start + rows, mask=here, other=0), mask=here, other=0.0)
+    tl.store(FACTOR + rows, tl.where(here, factor, 0.0), mask=rows < chunk)
+    tl.store(AT_CLASS + rows, at_class, mask=here)
+    tl.store(LOSS + start + rows, loss, mask=here & fine)
+    tl.store(E + rows.to(tl.int64) * e_step + klass, at_class.to(E.dtype.element_ty), mask=here & fine)
+    again = here & ~fine
+    tl.store(AGAIN + rows, again.to(tl.int32), mask=rows < chunk)
+    if tl.max(again.to(tl.int32), 0) > 0:
+        tl.store(AGAIN + chunk, 1)
+
+
+@jit
+def _input_gradient_kernel(
+    e_desc, w_desc, PRODUCTS, COUNT, start, chunk, width, classes, SPLITS: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    """PRODUCTS [SPLITS, chunk, width]: parts of e W, each over some of the classes, to be added up."""
+    count = _rows_here(COUNT, start, chunk)
+    across = tl.cdiv(width, BN)
+    tiles = tl.cdiv(count, BM) * across
+    steps = tl.cdiv(tl.cdiv(classes, BK), SPLITS)
+    for unit in tl.range(tl.program_id(0), tiles * SPLITS, PROGRAMS):
+        split, tile = unit // tiles, unit % tiles
+        row_start, column_start = tile // across * BM, tile % across * BN
+        acc = tl.zeros([BM, BN], tl.float32)
+        for step in range(split * steps, (split + 1) * steps):  # zeros behind the last class
+            acc = tl.dot(e_desc.load([row_start, step * BK]), w_desc.load([step * BK, column_start]), acc)
+        rows, columns = row_start + tl.arange(0, BM), column_start + tl.arange(0, BN)
+        place = (split * chunk + rows).to(tl.int64)[:, None] * width + columns[None, :]
+        tl.store(PRODUCTS + place, acc, mask=(rows < chunk)[:, None] & (columns < width)[None, :])
+
+
+@jit
+def _scale_rows_kernel(
+    PRODUCTS, FACTOR, ORDER, COUNT, GATHERED, DX, start, chunk, width, dx_step, SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row a program: r times the sum of its products goes to its place in DX, and its gathered x is scaled by r.
+
+    Where r is 0 both are, whatever else was not a number.
+    """
+    at = tl.program_id(0)
+    wanted = tl.where(start + at < tl.load(COUNT), width, 0)  # no product was made of rows behind the last one
+    row = tl.load(ORDER + start + at).to(tl.int64)
+    factor = tl.load(FACTOR + at)
+    for column in range(0, width, BLOCK):
+        columns = column + tl.arange(0, BLOCK)
+        mask = columns < width
+        if DX is not None:
+            total = tl.zeros([BLOCK], tl.float32)
+            for split in range(SPLITS):
+                place = (split * chunk + at).to(tl.int64) * width + columns
+                total += tl.load(PRODUCTS + place, mask=columns < wanted, other=0.0)
+            tl.store(DX + row * dx_step + columns, tl.where(factor == 0, 0.0, total * factor), mask=mask)
+        G = GATHERED + at.to(tl.int64) * width + columns
+        x = tl.load(G, mask=mask).to(tl.float32)
+        tl.store(G, tl.where(factor == 0, 0.0, x * factor), mask=mask)
+
+
+@jit
+def _weight_gradient_kernel(
+    e_desc, x_desc, d_desc, COUNT, start, chunk, width, classes, ADD: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    """d = e^T x, or with ADD d += e^T x; the rows of x behind the last one are zeros."""
+    count = _rows_here(COUNT, start, chunk)
+    across = tl.cdiv(width, BN)
+    tiles = tl.cdiv(classes, BM) * across
+    if ADD:
+        tiles = tl.where(count == 0, 0, tiles)
+    for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):
+        row_start, column_start = tile // across * BM, tile % across * BN
+        acc = tl.zeros([BM, BN], tl.float32)
+        for k in range(0, count, BK):
+            acc = tl.dot(e_desc.load([k, row_start]).T, x_desc.load([k, column_start]), acc)
+        left, right = _halves(acc, BM, BN)
+        if ADD:
+            left += d_desc.load([row_start, column_start]).to(tl.float32)
+        d_desc.store([row_start, column_start], left.to(d_desc.dtype))
+        if ADD:
+            right += d_desc.load([row_start, column_start + BN // 2]).to(tl.float32)
+        d_desc.store([row_start, column_start + BN // 2], right.to(d_desc.dtype))

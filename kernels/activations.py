@@ -95,6 +95,9 @@ ACTIVATIONS = {
     "leaky_relu": _leaky_relu,
 }
 
+# Where x <= 0, PyTorch's gradient of a relu is 0 whatever comes in: a product with a derivative of 0 would keep NaN.
+CUT = ("relu", "relu2")
+
 
 def reference(x, activation, alpha):
     """(act(x), act'(x)), for a name in ACTIVATIONS; alpha is silu's and 1 elsewhere."""

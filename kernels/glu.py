@@ -11,7 +11,7 @@ import math
 import torch
 from torch.autograd.function import once_differentiable
 
-from .activations import ACTIVATIONS, derivative, reference, value
+from .activations import ACTIVATIONS, CUT, derivative, reference, value
 from .common import (
     Output,
     ceil_div,
@@ -155,6 +155,8 @@ def _backward_reference(dy, gate, up, activation, alpha, limit, shift, dgate, du
         act, slope = reference(g, activation, alpha)
         if dgate is not None:
             dg = dy * (u + shift) * slope
+            if activation in CUT:
+                dg = dg.masked_fill(g <= 0, 0)
             dgate.copy_(dg if limit is None else torch.where(g_in, dg, 0))
         if dup is not None:
             du = dy * act
@@ -211,6 +213,8 @@ def _gate_gradient(
     dy, g, u, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr
 ):  # fmt: skip
     dg = dy * _factor(u, LIMIT, SHIFT) * derivative(g, ACTIVATION, ALPHA)
+    if ACTIVATION == "relu" or ACTIVATION == "relu2":  # CUT
+        dg = tl.where(g <= 0, 0.0, dg)
     return dg if LIMIT is None else tl.where(g <= LIMIT, dg, 0.0)
 
 

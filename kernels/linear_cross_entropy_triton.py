@@ -74,6 +74,7 @@ def chunks(
     e_rows, e_columns, e_halves = tiles(buffer, BM, BK), tiles(buffer, BK, BM), tiles(buffer, BM, BN // 2)
     x_rows, x_columns = tiles(gathered, BM, BK), tiles(gathered, BK, BN)
     w_rows, w_columns = tiles(weight, BN, BK), tiles(weight, BK, BN)
+    wide = dweight is not None and dweight.dtype is torch.float32  # half a tile of it would not fit twice
     BLOCK = min(next_power_of_2(width), 2048)
     numbers = {"SCALE": scale, "SOFTCAP": softcap or 0.0}
     for index, start in enumerate(range(0, rows, chunk)):
@@ -112,8 +113,8 @@ def chunks(
             )  # fmt: skip
         if dweight is not None:
             _weight_gradient_kernel[(programs,)](
-                e_columns, x_columns, tiles(dweight, BM, BN // 2), count, start, chunk, width, classes,
-                ADD=start > 0, BM=BM, BN=BN, BK=BK, PROGRAMS=programs, **LAUNCH,
+                e_columns, x_columns, tiles(dweight, BM, BN // (4 if wide else 2)), count, start, chunk, width, classes,
+                ADD=start > 0, WIDE=wide, BM=BM, BN=BN, BK=BK, PROGRAMS=programs, **LAUNCH,
             )  # fmt: skip
     losses.scatter_(0, order, in_order)
 
@@ -281,13 +282,16 @@ def _sums_kernel(
     if SOFTCAP != 0.0:
         at_class *= 1 - (z / SOFTCAP) * (z / SOFTCAP)
     factor *= SCALE / one_and
+    # What rounding e does to the target's, by far the largest, is taken back by r; the others err as by their rounding.
+    rounded = at_class.to(E.dtype.element_ty)
+    factor *= tl.where(rounded == 0, 1.0, at_class / rounded.to(tl.float32))
     factor = tl.where(fine, factor, 1.0)
     if UPSTREAM is not None:
         factor *= tl.load(UPSTREAM + tl.load(ORDER + start + rows, mask=here, other=0), mask=here, other=0.0)
     tl.store(FACTOR + rows, tl.where(here, factor, 0.0), mask=rows < chunk)
     tl.store(AT_CLASS + rows, at_class, mask=here)
     tl.store(LOSS + start + rows, loss, mask=here & fine)
-    tl.store(E + rows.to(tl.int64) * e_step + klass, at_class.to(E.dtype.element_ty), mask=here & fine)
+    tl.store(E + rows.to(tl.int64) * e_step + klass, rounded, mask=here & fine)
     again = here & ~fine
     tl.store(AGAIN + rows, again.to(tl.int32), mask=rows < chunk)
     if tl.max(again.to(tl.int32), 0) > 0:
@@ -344,10 +348,10 @@ def _scale_rows_kernel(
 
 @jit
 def _weight_gradient_kernel(
-    e_desc, x_desc, d_desc, COUNT, start, chunk, width, classes, ADD: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, PROGRAMS: tl.constexpr,
+    e_desc, x_desc, d_desc, COUNT, start, chunk, width, classes, ADD: tl.constexpr, WIDE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    """d = e^T x, or with ADD d += e^T x; the rows of x behind the last one are zeros."""
+    """d = e^T x, or with ADD d += e^T x; rows of x behind the last one are zeros. WIDE: written by quarters."""
     count = _rows_here(COUNT, start, chunk)
     across = tl.cdiv(width, BN)
     tiles = tl.cdiv(classes, BM) * across
@@ -359,9 +363,20 @@ def _weight_gradient_kernel(
         for k in range(0, count, BK):
             acc = tl.dot(e_desc.load([k, row_start]).T, x_desc.load([k, column_start]), acc)
         left, right = _halves(acc, BM, BN)
-        if ADD:
-            left += d_desc.load([row_start, column_start]).to(tl.float32)
-        d_desc.store([row_start, column_start], left.to(d_desc.dtype))
-        if ADD:
-            right += d_desc.load([row_start, column_start + BN // 2]).to(tl.float32)
-        d_desc.store([row_start, column_start + BN // 2], right.to(d_desc.dtype))
+        if WIDE:
+            first, second = _halves(left, BM, BN // 2)
+            third, fourth = _halves(right, BM, BN // 2)
+            _write_sum(first, d_desc, row_start, column_start, ADD)
+            _write_sum(second, d_desc, row_start, column_start + BN // 4, ADD)
+            _write_sum(third, d_desc, row_start, column_start + BN // 2, ADD)
+            _write_sum(fourth, d_desc, row_start, column_start + BN // 4 * 3, ADD)
+        else:
+            _write_sum(left, d_desc, row_start, column_start, ADD)
+            _write_sum(right, d_desc, row_start, column_start + BN // 2, ADD)
+
+
+@jit
+def _write_sum(sums, d_desc, row_start, column_start, ADD: tl.constexpr):
+    if ADD:
+        sums += d_desc.load([row_start, column_start]).to(tl.float32)
+    d_desc.store([row_start, column_start], sums.to(d_desc.dtype))

@@ -80,17 +80,16 @@ def errors(function, shape, trained):
 
 
 def milliseconds(function, repeat=10):
+    """Median; the host runs ahead, as in a training step, so that launches are not waited for."""
     for _ in range(3):
         function()
-    times = []
-    for _ in range(repeat):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeat)]
+    for start, end in events:
         start.record()
         function()
         end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in events)
 
 
 def peak_mib(function, needed):

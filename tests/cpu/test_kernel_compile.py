@@ -96,10 +96,10 @@ def linear_cross_entropy_launches(classes, dtype, **options):
 
 
 def exponentials_launches(dtype, width=4096, **options):
-    """The head and loss of Hopper, in several chunks; they take bfloat16 alone."""
-    x, w = (torch.ones(n, width, dtype=torch.bfloat16, requires_grad=True) for n in (512, 4100))
+    """The head and loss of Hopper, in several chunks; they multiply in bfloat16 alone."""
+    x, w = (torch.ones(n, width, dtype=dtype, requires_grad=True) for n in (512, 4100))
     target = torch.zeros(512, dtype=torch.int64)
-    options = {"reduction": "none", "bias": torch.ones(4100, dtype=torch.bfloat16), "z_loss": 1e-4, **options}
+    options = {"reduction": "none", "bias": torch.ones(4100, dtype=dtype), "z_loss": 1e-4, **options}
     linear_cross_entropy.linear_cross_entropy(x, w, target, chunk_tokens=256, **options).sum().backward()
 
 
@@ -118,6 +118,7 @@ def attention_launches(width, dtype, bias=None, visible=False, sink=False, keep=
 
 HOPPER = {
     "loss on Hopper": exponentials_launches,
+    "loss on Hopper, autocast": lambda dtype: exponentials_launches(torch.float32, matmul_dtype=torch.bfloat16),
     "loss on Hopper, plain": lambda dtype: exponentials_launches(dtype, 1536, reduction="mean", bias=None, z_loss=0.0),
     "loss on Hopper, soft cap": lambda dtype: exponentials_launches(dtype, softcap=30.0, class_weight=torch.ones(4100)),
 }

@@ -44,6 +44,15 @@ def test_each_option_alone(options):
     compare(*both_packed(interleaved=True, **options), [strided(4, 18)])
 
 
+@pytest.mark.parametrize("activation", ["relu", "relu2", "silu", "leaky_relu"])
+def test_where_a_gradient_that_is_not_a_number_ends(activation):
+    at = torch.tensor([-2.0, 0.0, 1.5])
+    gate, up = at.clone().requires_grad_(), torch.full((3,), 2.0, requires_grad=True)
+    gradients = [torch.autograd.grad(f(gate, up), (gate, up), torch.full((3,), torch.nan)) for f in both(activation)]
+    for mine, theirs in zip(*gradients, strict=True):
+        assert torch.equal(mine.isnan(), theirs.isnan())
+
+
 def test_gradients_at_the_limit_are_those_of_clamp():
     at = torch.tensor([-2.5, -2.0, -1.5, 0.0, 1.5, 2.0, 2.5, float("nan")])
     gate, up = (t.flatten().clone().requires_grad_() for t in torch.meshgrid(at, at, indexing="ij"))

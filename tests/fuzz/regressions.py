@@ -170,4 +170,21 @@ PROGRAMS = {
         (5, 6),
         ((2, 4),),
     ),
+    # A relu's gradient is cut off where its input is not positive, whatever comes in; a product keeps infinity and NaN.
+    "infinite gradient of a gate that is cut off": Program(
+        (
+            Leaf(0, "input", ("B", "T", 8), grad=False),
+            Leaf(1, "parameter", (8, 8), fill="small"),
+            Leaf(2, "parameter", (8, 8), fill="small"),
+        ),
+        (
+            Step(3, "F.linear({}, {})", (0, 1)),
+            Step(4, "F.linear({}, {})", (0, 2)),
+            Step(5, "F.relu({})", (3,)),
+            Step(6, "{} * {}", (5, 4)),
+            Step(7, "{}.sqrt()", (6,)),
+        ),
+        (7,),
+        ((2, 4),),
+    ),
 }

@@ -123,7 +123,12 @@ def reduce(losses, divisor):
     loss = losses.sum()
     if divisor is None:
         return loss, None
-    return loss / divisor, torch.where(divisor == 0, 1, divisor) if divisor.is_floating_point() else divisor.clamp(1)
+    return loss / divisor, never_zero(divisor)
+
+
+def never_zero(divisor):
+    """The divisor for gradients, which are 0 where it is."""
+    return torch.where(divisor == 0, 1, divisor) if divisor.is_floating_point() else divisor.clamp(1)
 
 
 def upstream_factor(dloss, divisor, counts):

@@ -3,13 +3,13 @@
     z    = softcap(scale * (x W^T + b)),  softcap(z) = c tanh(z / c)
     loss = (1 - s) (lse(z) - z[target]) + s (lse(z) - mean(z)),  lse = log sum exp over the V classes, s = smoothing
 
-A chunk's logits are overwritten by their gradient for an upstream gradient of 1,
+A chunk's logits are overwritten by their gradient for an upstream gradient of 1, divided by the mean's divisor,
 
     dz = softmax(z) - (1 - s) onehot(target) - s / V,  times (1 - (z/c)^2) scale for the cap and the scale,
 
-from which the chunk's dX = dz W and dW += dz^T X follow at once: nothing of size [tokens, V] is kept. The mean's
-divisor and the upstream gradient are applied in backward, which also keeps float16 gradients in range. The rows' kernel
-and the formulas with class weights and a z-loss are those of cross_entropy.py.
+from which the chunk's dX = dz W and dW += dz^T X follow at once: nothing of size [tokens, V] is kept. The upstream
+gradient is applied in backward, and float16's divisor, too, which keeps its gradients in range. The rows' kernel and
+the formulas with class weights and a z-loss are those of cross_entropy.py; Hopper has kernels of its own for all of it.
 """
 
 import torch
@@ -17,7 +17,16 @@ from torch.autograd.function import once_differentiable
 
 from . import linear_cross_entropy_triton as exponentials
 from .common import ceil_div, compute_dtype, no_autocast, on_device, register, traceable, use_triton
-from .cross_entropy import check_options, mean_divisor, reduce, row_losses, scale_in_place, scale_op, upstream_factor
+from .cross_entropy import (
+    check_options,
+    mean_divisor,
+    never_zero,
+    reduce,
+    row_losses,
+    scale_in_place,
+    scale_op,
+    upstream_factor,
+)
 
 
 @traceable
@@ -58,17 +67,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
             losses, *_ = _op(x, weight, target, bias, class_weight, None, None, *options, False, False, False)
             ctx.save_for_backward(x, weight, target, bias, class_weight)
             return losses.to(out_dtype)
-        divisor, z_ratio = None, None
+        divisor, z_ratio, upstream = None, None, None
+        compute = compute_dtype(x, weight)
         if reduction == "mean":
-            divisor, z_ratio = mean_divisor(target, class_weight, options, compute_dtype(x, weight))
-        losses, dx, dweight, dbias = _op(x, weight, target, bias, class_weight, z_ratio, None, *options, *needs)
+            divisor, z_ratio = mean_divisor(target, class_weight, options, compute)
+        if reduction == "mean" and torch.float16 not in (x.dtype, options[5]):
+            upstream = (1 / never_zero(divisor)).to(compute).expand(target.numel())
+        losses, dx, dweight, dbias = _op(x, weight, target, bias, class_weight, z_ratio, upstream, *options, *needs)
         loss, divisor = reduce(losses, divisor)
+        if upstream is not None:
+            divisor = None  # gradients are divided already, so that backward has most often nothing to do
         # The weight's gradient is as large as the weight: backward scales it in place and gives it away. If it is asked
         # again, it is made again, from what a linear layer would have saved. A trace of this does neither.
         ctx.gives_away = needs[0] and needs[1] and dweight.dtype is weight.dtype and type(dweight) is torch.Tensor
         if ctx.gives_away:
             ctx.dweight, dweight = dweight, None
-        again = (x, weight, target, bias, class_weight, z_ratio) if ctx.gives_away else ()
+        again = (x, weight, target, bias, class_weight, z_ratio, upstream) if ctx.gives_away else ()
         ctx.save_for_backward(divisor, (target != options[0]).any(), dx, dweight, dbias, *again)
         return loss.to(out_dtype)
 
@@ -91,23 +105,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if ctx.gives_away:
                 grads[1], ctx.dweight = ctx.dweight, None
                 if grads[1] is None:
-                    _, _, grads[1], _ = _op(*again, None, *ctx.options, False, True, needs[2])
+                    _, _, grads[1], _ = _op(*again, *ctx.options, False, True, needs[2])
                 scale_in_place(grads[1], factor)
         dx, dweight, dbias = grads
         return dx, dweight, None, dbias, None, None, None, None, None
 
 
-# Numbers of a chunk [rows, V], with the head trained or not: 540 and 320 MiB in bfloat16.
-MOST = {True: 270 << 20, False: 160 << 20}
+MOST = 270 << 20  # numbers of a chunk [rows, V]: 540 MiB in bfloat16
 FEW = 6  # sums of so many chunks in bfloat16 stay within 1.6 times the error of one product (measured, bench/NOTES.md)
 
 
-def default_chunk(rows, classes, trained=False):
+def default_chunk(rows, classes):
     """Rows per chunk, from shapes alone: at least 512, evenly split; multiples of 256, which fill tiles of a product.
 
-    trained: more of them, as the weight's gradient is read and written once a chunk.
+    As many as the memory is worth: a weight's gradient is read and written once a chunk.
     """
-    most = max(512, MOST[trained] // max(classes, 1) // 256 * 256)
+    most = max(512, MOST // max(classes, 1) // 256 * 256)
     even = ceil_div(rows, ceil_div(rows, most)) if rows else 1
     return min(ceil_div(even, 256) * 256, max(rows, 1))
 
@@ -145,7 +158,7 @@ def _implementation(
     upstream = upstream if upstream is None else upstream.reshape(rows).contiguous()
     w = weight.to(dtype)
     fused = exponentials.suits(x, w, dtype, label_smoothing, need_dbias)
-    chunk = chunk_tokens or default_chunk(rows, classes, need_dweight)
+    chunk = chunk_tokens or default_chunk(rows, classes)
     # For Triton rows of logits are padded: with an odd number of classes all access would be unaligned. Not for a CPU,
     # where torch.mm in bfloat16 multiplies what lies behind the columns by zero, and NaN stays NaN (torch 2.13).
     padded = ceil_div(classes, 64) * 64 if use_triton(x) else classes

@@ -116,12 +116,11 @@ def test_backward_twice(trained):
 
 
 def test_chunk_is_a_function_of_shapes():
-    assert default_chunk(8192, 151936) == 1024
-    assert default_chunk(8192, 151936, trained=True) == 1792
-    assert default_chunk(8192, 128256, trained=True) == 2048
-    assert default_chunk(8192, 128256) == 1280
-    assert default_chunk(8192, 32000) == 4096
-    assert default_chunk(8191, 128256) == 1280
+    assert default_chunk(8192, 151936) == 1792
+    assert default_chunk(8192, 128256) == 2048
+    assert default_chunk(4096, 128256) == 2048
+    assert default_chunk(8192, 32000) == 8192
+    assert default_chunk(8191, 128256) == 2048
     assert default_chunk(10, 151936) == 10
     assert default_chunk(1, 1) == default_chunk(0, 7) == 1
 

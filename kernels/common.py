@@ -49,6 +49,11 @@ def use_triton(x):
     return triton is not None and (x.is_cuda or INTERPRET)
 
 
+def has_tensor_memory_accelerator(x):
+    """Whether x is on a GPU of compute capability 9, Hopper: kernels that need its copy engine were measured there."""
+    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
+
+
 def register(schema, implementation, fake):
     """Define `rewriter::<schema>` for CPU and CUDA with a shape function; return the callable overload."""
     name = schema.split("(")[0]

@@ -16,7 +16,7 @@ the row is done again, as logits and by the row kernel of cross_entropy.py. Thos
 
 import torch
 
-from .common import ceil_div, jit, next_power_of_2, processors, tanh, tl
+from .common import ceil_div, has_tensor_memory_accelerator, jit, next_power_of_2, processors, tanh, tl
 from .cross_entropy import row_losses
 
 TILE = (128, 256, 64)  # of all three products; with 8 warps and 3 stages 0.94 to 1.0 of the library's speed (NOTES)
@@ -35,11 +35,6 @@ def suits(x, weight, dtype, label_smoothing, need_dbias):
         and not label_smoothing
         and not need_dbias
     )
-
-
-def has_tensor_memory_accelerator(x):
-    """Whether x is on a GPU of compute capability 9, Hopper."""
-    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
 
 
 def chunks(

@@ -11,6 +11,7 @@ from rewriter.log import log
 from rewriter.pattern import Pattern
 
 BUILT_IN = (
+    "lora",
     "linear_cross_entropy",
     "cross_entropy",
     "attention",

@@ -252,6 +252,16 @@ def eager_glu_packed(x, activation, gate_first=True, interleaved=False, **option
     return eager_glu(*((first, second) if gate_first else (second, first)), activation, **options)
 
 
+def eager_lora(x, weights, biases, down, up, scales, *, z=None, out_dtype=None):
+    """As PEFT writes it: the branch in the dtype of its adapters, the sum in what both promote to."""
+    outputs = []
+    for w, bias, a, b, s in zip(weights, biases, down, up, scales, strict=True):
+        branch = F.linear(F.linear((x if z is None else z).to(a.dtype), a), b) * s
+        y = F.linear(x, w, bias) + branch
+        outputs.append(y if out_dtype is None or y.dtype is torch.float64 else y.to(out_dtype))
+    return tuple(outputs)
+
+
 def eager_cross_entropy(
     logits, target, *, weight=None, scale=1.0, softcap=None, z_loss=0.0, out_dtype=None, ignore_index=-100,
     reduction="mean", **options

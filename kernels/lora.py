@@ -46,123 +46,83 @@ def lora(x, weights, biases, down, up, scales, *, z=None, matmul_dtype=None, out
 
 
 class _LoRA(torch.autograd.Function):
+    """Made of PyTorch's operators but for `_products_op`, so that Inductor fuses what goes around the products."""
+
     @staticmethod
     def forward(ctx, count, scales, dtypes, x, z, *parts):
         weights, biases, down, up = (parts[i : i + count] for i in range(0, 4 * count, count))
-        *outputs, u = _forward_op(x, z, weights, biases, down, up, scales, *dtypes)
+        frozen, adapter, out = dtypes
+        with no_autocast(x):
+            stacked = _stacked(down, scales, adapter)
+            u = _product(_rows(x if z is None else z), stacked.t(), adapter)
+            narrow = frozen if x.is_cuda and frozen is out else adapter
+            biases = [b if b is None else b.to(frozen) for b in biases]
+            weights, up = [w.to(frozen) for w in weights], [b.to(narrow) for b in up]
+            outputs = _products(_rows(x).to(frozen), weights, biases, u.to(narrow), up, out)
         ctx.count, ctx.scales, ctx.dtypes = count, scales, dtypes
-        ctx.save_for_backward(x, z, u, *weights, *down, *up)
-        ctx.bias_dtypes = [b if b is None else b.dtype for b in biases]
-        return tuple(outputs)
+        ctx.save_for_backward(x, z, u, *parts[:count], *parts[2 * count :])
+        ctx.bias_dtypes = [b if b is None else b.dtype for b in parts[count : 2 * count]]
+        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        n, needs = ctx.count, ctx.needs_input_grad[3:]
+        n, (frozen, adapter, _) = ctx.count, ctx.dtypes
+        need_dx, need_dz, *rest = ctx.needs_input_grad[3:]
+        _, need_bias, need_down, need_up = (rest[i : i + n] for i in range(0, 4 * n, n))
         x, z, u, *parts = ctx.saved_tensors
         weights, down, up = (parts[i : i + n] for i in range(0, 3 * n, n))
-        wanted = [needs[0], needs[1], any(needs[2 + 2 * n : 2 + 3 * n]), any(needs[2 + 3 * n :])]
-        dx, dz, *rest = _backward_op(grads, x, z, u, weights, down, up, ctx.scales, *ctx.dtypes[:2], *wanted)
-        ddown, dup = rest[:n], rest[n:]
+        each, seen = u.shape[1] // n, _rows(x if z is None else z)
+        grads = [_rows(g) for g in grads]
+        dx = dz = None
+        ddown = dup = [None] * n
+        with no_autocast(x):
+            if any(need_down) or (need_dx if z is None else need_dz):
+                v = [_padded(_product(g, b.to(adapter), adapter), each) for g, b in zip(grads, up, strict=True)]
+                v = torch.cat(v, 1) if n > 1 else v[0]
+                stacked = _stacked(down, ctx.scales, adapter)
+            if any(need_up):
+                branches = [u[:, i * each : i * each + b.shape[1]] for i, b in enumerate(up)]
+                dup = [_product(g.t(), t, adapter).to(b.dtype) for g, t, b in zip(grads, branches, up, strict=True)]
+            if any(need_down):
+                every = _product(seen.t(), v, adapter).t()
+                parts = [every[i * each : i * each + len(a)] for i, a in enumerate(down)]
+                ddown = [(d * s).to(a.dtype) for d, s, a in zip(parts, ctx.scales, down, strict=True)]
+            if need_dx:
+                total = torch.mm(grads[0].to(frozen), weights[0].to(frozen))
+                for g, w in zip(grads[1:], weights[1:], strict=True):
+                    total = torch.addmm(total, g.to(frozen), w.to(frozen))
+                if z is None:
+                    wide = adapter if not x.is_cuda else frozen
+                    total = torch.addmm(total.to(wide), v.to(wide), stacked.to(wide))
+                dx = total.to(x.dtype).view(x.shape)
+            if need_dz:
+                dz = _product(v, stacked, adapter).to(z.dtype).view(z.shape)
         dbiases = [
-            dy.flatten(0, -2).sum(0).to(dtype) if need else None
-            for dy, need, dtype in zip(grads, needs[2 + n : 2 + 2 * n], ctx.bias_dtypes, strict=True)
+            g.sum(0).to(dtype) if need else None
+            for g, need, dtype in zip(grads, need_bias, ctx.bias_dtypes, strict=True)
         ]
-        ddown = [g if need else None for g, need in zip(ddown, needs[2 + 2 * n : 2 + 3 * n], strict=True)]
-        dup = [g if need else None for g, need in zip(dup, needs[2 + 3 * n :], strict=True)]
-        dx, dz = dx if needs[0] else None, dz if needs[1] else None
-        return None, None, None, dx, dz, *[None] * n, *dbiases, *ddown, *dup
+        wanted = [
+            [g if need else None for g, need in zip(*pair, strict=True)]
+            for pair in ((ddown, need_down), (dup, need_up))
+        ]
+        return None, None, None, dx, dz, *[None] * n, *dbiases, *wanted[0], *wanted[1]
 
 
-def _rank(down):
-    """Columns of each branch in u: the largest rank, in multiples of 16, which tiles of a product are made of."""
-    return ceil_div(max(a.shape[0] for a in down), 16) * 16
+def _rows(x):
+    return x.reshape(-1, x.shape[-1])
 
 
-def _forward_fake(x, z, weights, biases, down, up, scales, frozen, adapter, out):
-    rows = x.shape[:-1]
-    u = x.new_empty((rows.numel(), len(down) * _rank(down)), dtype=adapter)
-    return [*(x.new_empty((*rows, w.shape[0]), dtype=out) for w in weights), u]
-
-
-def _forward(x, z, weights, biases, down, up, scales, frozen, adapter, out):
-    with no_autocast(x), on_device(x):
-        lead, (rows, seen) = x.shape[:-1], (t.reshape(-1, t.shape[-1]) for t in (x, x if z is None else z))
-        rows = rows.to(frozen)
-        weights = [w.to(frozen) for w in weights]
-        u = _product(seen, _stacked(down, scales, adapter).t(), adapter)
-        each = _rank(down)
-        if lora_triton.suits(rows, weights, [a.shape[0] for a in down], frozen, out):
-            contiguous = [b.to(frozen).contiguous() for b in up]
-            outputs = lora_triton.products(rows, weights, biases, u.to(frozen), contiguous)
-        else:
-            outputs = []
-            for i, (w, bias, b) in enumerate(zip(weights, biases, up, strict=True)):
-                y = torch.nn.functional.linear(rows, w, None if bias is None else bias.to(frozen))
-                branch = u[:, i * each : i * each + b.shape[1]]
-                if frozen is adapter is out or (x.is_cuda and frozen is out):
-                    y.addmm_(branch.to(frozen), b.to(frozen).t())
-                else:
-                    y = (y + branch @ b.to(adapter).t()).to(out)
-                outputs.append(y)
-        return [*(y.view(*lead, y.shape[-1]) for y in outputs), u]
-
-
-def _backward_fake(
-    grads, x, z, u, weights, down, up, scales, frozen, adapter, need_dx, need_dz, need_ddown, need_dup
-):  # fmt: skip
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_dx else x.new_empty(0)
-    dz = torch.empty_like(z, memory_format=torch.contiguous_format) if need_dz else x.new_empty(0)
-    ddown = [torch.empty_like(a, memory_format=torch.contiguous_format) if need_ddown else x.new_empty(0) for a in down]
-    dup = [torch.empty_like(b, memory_format=torch.contiguous_format) if need_dup else x.new_empty(0) for b in up]
-    return [dx, dz, *ddown, *dup]
-
-
-def _backward(
-    grads, x, z, u, weights, down, up, scales, frozen, adapter, need_dx, need_dz, need_ddown, need_dup
-):  # fmt: skip
-    results = _backward_fake(grads, x, z, u, weights, down, up, scales, frozen, adapter, need_dx, need_dz, need_ddown,
-                             need_dup)  # fmt: skip
-    dx, dz, ddown, dup = results[0], results[1], results[2 : 2 + len(down)], results[2 + len(down) :]
-    each = _rank(down)
-    with no_autocast(x), on_device(x):
-        rows = (x if z is None else z).reshape(-1, x.shape[-1])
-        grads = [g.reshape(-1, g.shape[-1]) for g in grads]
-        need_seen = need_dx if z is None else need_dz
-        if need_ddown or need_seen:
-            v = rows.new_zeros(u.shape, dtype=adapter)
-            for i, (g, b) in enumerate(zip(grads, up, strict=True)):
-                v[:, i * each : i * each + b.shape[1]] = _product(g, b.to(adapter), adapter)
-        if need_dup:
-            for i, (g, db) in enumerate(zip(grads, dup, strict=True)):
-                db.copy_(_product(g.t(), u[:, i * each : i * each + db.shape[1]], adapter))
-        if need_ddown:
-            all_down = _product(rows.t(), v, adapter).t()
-            for i, (da, s) in enumerate(zip(ddown, scales, strict=True)):
-                torch.mul(all_down[i * each : i * each + len(da)], s, out=da)
-        if need_dx:
-            total = None
-            for g, w in zip(grads, weights, strict=True):
-                g, w = g.to(frozen), w.to(frozen)
-                total = torch.mm(g, w) if total is None else total.addmm_(g, w)
-            if z is None:
-                total = _added(total, v, _stacked(down, scales, adapter))
-            dx.view(total.shape).copy_(total)
-        if need_dz:
-            torch_dz = _product(v, _stacked(down, scales, adapter), adapter)
-            dz.view(torch_dz.shape).copy_(torch_dz)
-    return results
+def _padded(x, columns):
+    return x if x.shape[1] == columns else torch.nn.functional.pad(x, (0, columns - x.shape[1]))
 
 
 def _stacked(down, scales, dtype):
-    """s_i A_i below one another, [branches * R, D]: zeros fill up what a rank lacks."""
-    each = _rank(down)
-    if len(down) == 1 and len(down[0]) == each:
-        return down[0].to(dtype) * scales[0]
-    stacked = down[0].new_zeros(len(down) * each, down[0].shape[1], dtype=dtype)
-    for i, (a, s) in enumerate(zip(down, scales, strict=True)):
-        torch.mul(a.to(dtype), s, out=stacked[i * each : i * each + len(a)])
-    return stacked
+    """s_i A_i below one another, [branches * R, D]; R is the largest rank, in multiples of 16 as tiles are."""
+    each = ceil_div(max(a.shape[0] for a in down), 16) * 16
+    scaled = [a.to(dtype) * s for a, s in zip(down, scales, strict=True)]
+    scaled = [a if len(a) == each else torch.nn.functional.pad(a, (0, 0, 0, each - len(a))) for a in scaled]
+    return torch.cat(scaled) if len(scaled) > 1 else scaled[0]
 
 
 def _product(wide, narrow, dtype):
@@ -181,26 +141,37 @@ def _exact_product(wide, narrow):
         parts.append(rest.to(torch.bfloat16))
         rest = rest - parts[-1].float()
     sums = torch.mm(wide, torch.cat(parts, 1), out_dtype=torch.float32)
-    return sums.view(len(sums), 3, -1).sum(1)
+    return sums.view(len(sums), 3, narrow.shape[1]).sum(1)
 
 
-def _added(total, v, stacked):
-    """total + v @ stacked, in total's dtype; the branch may be in a wider one."""
-    if total.dtype is v.dtype or total.is_cuda:
-        return total.addmm_(v.to(total.dtype), stacked.to(total.dtype))
-    return total.to(v.dtype).addmm_(v, stacked)
+def _products(x, weights, biases, u, up, out):
+    """The y_i [T, N_i] of x [T, D] and weights in one dtype, u and the B_i in another one that is as wide or wider."""
+    each = u.shape[1] // len(weights)
+    # A second pass over y costs 560 / D of the product on an H100: much where D is small. A small y is not worth it.
+    if x.is_cuda and x.dtype is u.dtype is out and x.shape[1] <= 6144 and sum(len(w) for w in weights) >= 4096:
+        return _products_op(x, weights, biases, u, up)
+    outputs = []
+    for i, (w, bias, b) in enumerate(zip(weights, biases, up, strict=True)):
+        y, branch = torch.nn.functional.linear(x, w, bias), u[:, i * each : i * each + b.shape[1]]
+        if u.dtype is not x.dtype:
+            y = y.to(torch.promote_types(y.dtype, u.dtype))
+        outputs.append(torch.addmm(y, branch.to(y.dtype), b.to(y.dtype).t()).to(out))
+    return outputs
 
 
-_forward_op = register(
-    "lora(Tensor x, Tensor? z, Tensor[] weights, Tensor?[] biases, Tensor[] down, Tensor[] up, float[] scales, "
-    "ScalarType frozen, ScalarType adapter, ScalarType out) -> Tensor[]",
-    _forward,
-    _forward_fake,
-)
-_backward_op = register(
-    "lora_backward(Tensor[] grads, Tensor x, Tensor? z, Tensor u, Tensor[] weights, Tensor[] down, Tensor[] up, "
-    "float[] scales, ScalarType frozen, ScalarType adapter, bool need_dx, bool need_dz, bool need_ddown, "
-    "bool need_dup) -> Tensor[]",
-    _backward,
-    _backward_fake,
+def _products_in_one(x, weights, biases, u, up):
+    if lora_triton.suits(x, weights, [b.shape[1] for b in up]):
+        with on_device(x):
+            return lora_triton.products(x, weights, biases, u, [b.contiguous() for b in up])
+    outputs, each = [], u.shape[1] // len(weights)
+    for i, (w, bias, b) in enumerate(zip(weights, biases, up, strict=True)):
+        y = torch.nn.functional.linear(x, w, bias)
+        outputs.append(y.addmm_(u[:, i * each : i * each + b.shape[1]], b.t()))
+    return outputs
+
+
+_products_op = register(
+    "lora_products(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor u, Tensor[] up) -> Tensor[]",
+    _products_in_one,
+    lambda x, weights, biases, u, up: [x.new_empty((x.shape[0], w.shape[0])) for w in weights],
 )

@@ -13,17 +13,16 @@ TILE = (128, 256, 64)
 MOST_BRANCHES, MOST_RANK = 3, 64
 
 
-def suits(x, weights, ranks, dtype, out_dtype):
+def suits(x, weights, ranks):
     """Whether `products` does it: bfloat16 on Hopper, few branches of a low rank, rows that start at 16 bytes."""
-    aligned = all((t.stride(1), t.stride(0) % 8, t.data_ptr() % 16) == (1, 0, 0) for t in (x, *weights) if t.numel())
     return (
         has_tensor_memory_accelerator(x)
-        and dtype is out_dtype is torch.bfloat16
-        and 0 < len(weights) <= MOST_BRANCHES
+        and x.dtype is torch.bfloat16
+        and len(weights) <= MOST_BRANCHES
         and max(ranks) <= MOST_RANK
-        and aligned
-        and x.numel() > 0
+        and all((t.stride(1), t.stride(0) % 8, t.data_ptr() % 16) == (1, 0, 0) for t in (x, *weights))
         and all(len(w) % 8 == 0 for w in weights)
+        and x.numel() > 0
     )
 
 
@@ -58,7 +57,7 @@ def _branch(
 ):  # fmt: skip
     """All tiles of one y; gives back the first tile that this program takes of the next."""
     down, across = tl.cdiv(rows, BM), tl.cdiv(outs, BN)
-    for tile in tl.range(first, down * across, PROGRAMS, flatten=RANK <= 32):
+    for tile in tl.range(first, down * across, PROGRAMS):  # not flattened: Triton 3.6 then mixes up the tiles' u and b
         # sixteen tiles down before the next column: their inputs and the weights stay in the L2 cache
         group = tile // (16 * across) * 16
         tall = tl.minimum(down - group, 16)

@@ -26,6 +26,7 @@ from rewriter.kernels import (  # noqa: E402
     layer_norm,
     linear_cross_entropy,
     linear_cross_entropy_triton,
+    lora_triton,
     rms_norm,
     rotary,
 )
@@ -116,7 +117,15 @@ def attention_launches(width, dtype, bias=None, visible=False, sink=False, keep=
     ).sum().backward()  # fmt: skip
 
 
+def lora_launches(dtype, rank, bias=None):
+    x, *weights = (torch.ones(n, 1536, dtype=dtype) for n in (512, 4096, 4096, 1024))
+    up = [torch.ones(len(w), rank, dtype=dtype) for w in weights]
+    lora_triton.products(x, weights, [bias] * 3, torch.ones(512, 3 * rank, dtype=dtype), up)
+
+
 HOPPER = {
+    "lora 16": lambda dtype: lora_launches(dtype, 16),
+    "lora 64, bias": lambda dtype: lora_launches(dtype, 64, torch.ones(4096, dtype=dtype)),
     "loss on Hopper": exponentials_launches,
     "loss on Hopper, autocast": lambda dtype: exponentials_launches(torch.float32, matmul_dtype=torch.bfloat16),
     "loss on Hopper, plain": lambda dtype: exponentials_launches(dtype, 1536, reduction="mean", bias=None, z_loss=0.0),
@@ -256,7 +265,9 @@ def test_every_kernel_is_compiled(launches, monkeypatch):
     for case in CASES.values():
         case(torch.bfloat16)
     monkeypatch.setattr(linear_cross_entropy_triton, "has_tensor_memory_accelerator", lambda x: True)
-    exponentials_launches(torch.bfloat16)
-    families = (attention_triton, cross_entropy, glu, layer_norm, linear_cross_entropy_triton, rms_norm, rotary)
+    for case in HOPPER.values():
+        case(torch.bfloat16)
+    families = (attention_triton, cross_entropy, glu, layer_norm, linear_cross_entropy_triton, lora_triton, rms_norm,
+                rotary)  # fmt: skip
     kernels = {f.__name__ for m in families for f in vars(m).values() if isinstance(f, JITFunction)}
     assert {k for k in kernels if k.endswith("_kernel")} == {kernel.__name__ for kernel, *_ in launches}

@@ -91,10 +91,10 @@ class _LoRA(torch.autograd.Function):
             if need_dx:
                 total = torch.mm(grads[0].to(frozen), weights[0].to(frozen))
                 for g, w in zip(grads[1:], weights[1:], strict=True):
-                    total = torch.addmm(total, g.to(frozen), w.to(frozen))
+                    total = _plus_product(total, g.to(frozen), w.to(frozen))
                 if z is None:
                     wide = adapter if not x.is_cuda else frozen
-                    total = torch.addmm(total.to(wide), v.to(wide), stacked.to(wide))
+                    total = _plus_product(total.to(wide), v.to(wide), stacked.to(wide))
                 dx = total.to(x.dtype).view(x.shape)
             if need_dz:
                 dz = _product(v, stacked, adapter).to(z.dtype).view(z.shape)
@@ -144,6 +144,11 @@ def _exact_product(wide, narrow):
     return sums.view(len(sums), 3, narrow.shape[1]).sum(1)
 
 
+def _plus_product(total, a, b):
+    """total + a @ b: in place, but in a trace apart, as Inductor would copy total first and can fuse a sum."""
+    return total.addmm_(a, b) if type(total) is torch.Tensor else total + torch.mm(a, b)
+
+
 def _products(x, weights, biases, u, up, out):
     """The y_i [T, N_i] of x [T, D] and weights in one dtype, u and the B_i in another one that is as wide or wider."""
     each = u.shape[1] // len(weights)
@@ -155,7 +160,7 @@ def _products(x, weights, biases, u, up, out):
         y, branch = torch.nn.functional.linear(x, w, bias), u[:, i * each : i * each + b.shape[1]]
         if u.dtype is not x.dtype:
             y = y.to(torch.promote_types(y.dtype, u.dtype))
-        outputs.append(torch.addmm(y, branch.to(y.dtype), b.to(y.dtype).t()).to(out))
+        outputs.append(_plus_product(y, branch.to(y.dtype), b.to(y.dtype).t()).to(out))
     return outputs
 
 

@@ -39,7 +39,8 @@ def optimize(
     the state dict, hooks, `generate`, saving, copying and gradient checkpointing stay as they are.
 
     patterns: names restrict the built-in patterns to these; Pattern objects are added (one named like a built-in
-              pattern takes its place). Default: all built-in ones and those of installed plugins.
+              pattern takes its place). Default: all built-in ones and those of installed plugins. "lora" is not one of
+              them: it is applied where it is named, alone beside all others.
     exclude:  names of patterns that are not applied
     executor: "eager" runs the rewritten graph as it is, "inductor" compiles it further, "auto" is Inductor on an
               accelerator and eager on a CPU

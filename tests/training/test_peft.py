@@ -13,11 +13,11 @@ import rewriter
 BATCH, OTHER = batch((2, 16)), batch((3, 24), 1)
 
 
-@pytest.fixture
-def pair():
+@pytest.fixture(params=[None, ["lora"]], ids=["default", "lora"])
+def pair(request):
     model = with_lora(build("Llama", use_cache=False))
     eager = copy.deepcopy(model)
-    rewriter.optimize(model)
+    rewriter.optimize(model, patterns=request.param)
     for m in (model, eager):
         step(m, BATCH)
         m.zero_grad()

@@ -72,7 +72,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if reduction == "mean":
             divisor, z_ratio = mean_divisor(target, class_weight, options, compute)
         if reduction == "mean" and torch.float16 not in (x.dtype, options[5]):
-            upstream = (1 / never_zero(divisor)).to(compute).expand(target.numel())
+            upstream = never_zero(divisor).to(compute).reciprocal().expand(target.numel())
         losses, dx, dweight, dbias = _op(x, weight, target, bias, class_weight, z_ratio, upstream, *options, *needs)
         loss, divisor = reduce(losses, divisor)
         if upstream is not None:

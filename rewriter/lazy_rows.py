@@ -28,7 +28,8 @@ ELEMENTS = 1 << 26  # of some rows at a time
 class Head:
     """Rows that are softcap(scale * (x @ weight.T + bias)), weight and bias given by their places among the sources.
 
-    dtype: what operands of the product are rounded to first, if anything
+    dtype:      what operands of the product are rounded to first, if anything
+    transposed: whether the weight is [D, V]
     """
 
     weight: int
@@ -36,6 +37,7 @@ class Head:
     dtype: torch.dtype | None
     scale: float
     softcap: float | None
+    transposed: bool = False
 
 
 class Changed(RuntimeError):
@@ -50,11 +52,11 @@ class Sources:
 
     def __init__(self, tensors: list[torch.Tensor]):
         self.tensors = list(tensors)
-        self._versions = [_version(t) for t in tensors]
+        self._versions = [version_of(t) for t in tensors]
 
     def checked(self) -> list[torch.Tensor]:
         """The tensors; raises Changed if one was written in place."""
-        if [_version(t) for t in self.tensors] != self._versions:
+        if [version_of(t) for t in self.tensors] != self._versions:
             raise Changed(
                 "this result is computed on demand, and what it is computed from was changed in place since the model "
                 "returned it: read it before"
@@ -65,11 +67,12 @@ class Sources:
         """Copy those among these parameters (by id), which are about to be written in place."""
         for i, tensor in enumerate(self.tensors):
             if id(tensor) in parameters:
-                self.tensors[i] = tensor.detach().clone()
-                self._versions[i] = _version(self.tensors[i])
+                with torch.enable_grad():  # the copy's gradient is still the parameter's
+                    self.tensors[i] = tensor.clone()
+                self._versions[i] = version_of(self.tensors[i])
 
 
-def _version(value: Any) -> int:
+def version_of(value: Any) -> int:
     return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else 0
 
 
@@ -202,8 +205,9 @@ def _cross_entropy(
     if rows.head is not None and rows.dtype != torch.float64:
         values = rows.values() if rows.needs_grad else [_detached(v) for v in rows.values()]
         bias = None if rows.head.bias is None else values[rows.head.bias]
+        matrix = values[rows.head.weight].t() if rows.head.transposed else values[rows.head.weight]
         return linear_cross_entropy(
-            values[rows.place], values[rows.head.weight], target, bias=bias, ignore_index=ignore_index,
+            values[rows.place], matrix, target, bias=bias, ignore_index=ignore_index,
             reduction=reduction, label_smoothing=label_smoothing, class_weight=weight, matmul_dtype=rows.head.dtype,
             scale=rows.head.scale, softcap=rows.head.softcap, out_dtype=dtype,
         )  # fmt: skip
@@ -229,7 +233,10 @@ def _cross_entropy(
 
 
 def _map(rows: Rows, function: Callable, *args: Any, **kwargs: Any) -> Any:
-    """An operation on every element, or on every row by itself, with numbers and dtypes as its other arguments."""
+    """An operation on every element, or on every row by itself, with numbers and dtypes as its other arguments.
+
+    A cast to the dtype that they have gives the very same.
+    """
     if any(isinstance(a, torch.Tensor) for a in (*args, *kwargs.values())):
         return NotImplemented
     inside, before = _as_here(rows), rows.function
@@ -239,7 +246,11 @@ def _map(rows: Rows, function: Callable, *args: Any, **kwargs: Any) -> Any:
         with inside():
             return function(z, *args, **kwargs)
 
-    dtype = function(rows.small(), *args, **kwargs).dtype
+    small = rows.small()
+    result = function(small, *args, **kwargs)
+    if result is small:
+        return rows
+    dtype = result.dtype
     grad = rows.needs_grad and torch.is_grad_enabled()
     wider = function in _CASTS and torch.promote_types(rows.dtype, dtype) == dtype  # which a loss in float32 is anyway
     return replace(rows, function=after, dtype=dtype, needs_grad=grad, head=rows.head if wider else None)
@@ -310,7 +321,15 @@ def _reshape(rows: Rows, function: Callable, *args: Any, **kwargs: Any) -> Any:
 
 
 def _contiguous(rows: Rows, function: Callable) -> Rows:
-    return rows
+    return replace(rows)
+
+
+def may_share(function: Callable, args: tuple) -> bool:
+    """Whether a result can share memory with what it is read from."""
+    handler = _HANDLERS.get(function)
+    if handler is _index:
+        return not any(isinstance(a, torch.Tensor) for a in torch.utils._pytree.tree_leaves(args))
+    return handler in (_reshape, _detach)
 
 
 # ----

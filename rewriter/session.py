@@ -8,6 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from rewriter import context
 from rewriter.attach import REASON
 from rewriter.environment import environment
 from rewriter.log import log
-from rewriter.paths import node_path
+from rewriter.paths import node_path, outer_frame_is
 from rewriter.pattern import Pattern
 from rewriter.record import GraphRecord, ModulePaths, kept_of, misses_of, rewrites_of
 from rewriter.report import Fallback, GraphBreak, Kept, NearMiss, RegionReport, Rewrite, RewriteReport
@@ -57,6 +58,7 @@ class Session:
         self._notes: dict[str, None] = {}
         self._breaks = _breaks()
         self.inlined: tuple[str, ...] = ()
+        self.outermost: list[CodeType] = []  # of the outermost forward, and of what wraps it
         self.when_in_pieces: Callable[[], None] | None = None
         self._in_pieces = False
         self._training_calls: set[frozenset[str]] = set()
@@ -133,6 +135,12 @@ class Session:
         """Path of the region that is running in this thread."""
         frame = context.current()
         return frame.path if frame else ""
+
+    def is_outermost(self, node: fx.Node) -> bool:
+        """Whether a node was captured from the code of the outermost forward itself, as the frame that Dynamo ran."""
+        if context.current() is None or self.kinds.get(self.running()) != "model":
+            return False
+        return any(outer_frame_is(code, node.meta.get("stack_trace") or "") for code in self.outermost)
 
     def record(self, result: Result, graph: fx.Graph, code: Any) -> GraphRecord:
         """Keep what `rewrite` did to a graph; called before the graph first runs."""

@@ -19,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils import _pytree as pytree
 
 from rewriter.lazy_history import History, join, node_of, outside
-from rewriter.lazy_rows import Rows, Sources, may_share, read, version_of
+from rewriter.lazy_rows import READABLE, Rows, Sources, may_share, read, version_of
 
 _METADATA = {
     torch.Tensor.shape.__get__,
@@ -72,7 +72,7 @@ class LazyTensor(torch.Tensor):
             return sources.checked() if rows is None else rows.values()
 
         if needs_grad and torch.is_grad_enabled():
-            self = History.apply(make, inputs, compute if rows is None else rows.function, *inputs())
+            self = History.apply(make, inputs, compute if rows is None else rows.made_of, *inputs())
         else:
             self = make()
         self._compute, self._sources, self._value, self._needs_grad = compute, sources, None, needs_grad
@@ -135,8 +135,8 @@ class LazyTensor(torch.Tensor):
                 return not self._needs_grad
             if func in _GRADIENT and not self._hooks and self._value is None:
                 raise RuntimeError(
-                    f"{func.__name__} on a result that the loss was not computed from: the head and the loss were "
-                    "fused. Use rewriter.optimize(model, exclude=('linear_cross_entropy',)) to keep them apart."
+                    f"{func.__name__} on a result that a loss was not computed from: the head and the loss were "
+                    "fused. Ask for it before the loss is computed, or use rewriter.optimize(model, exclude=('linear_cross_entropy',)) to keep them apart."
                 )
             result = _by_rows(self, func, args[1:], kwargs)
             if result is NotImplemented:
@@ -215,13 +215,16 @@ def _by_rows(source: LazyTensor, func: Callable, args: tuple, kwargs: dict) -> A
     def rows_of(value: Any) -> Any:
         return value._rows or value.materialize() if isinstance(value, LazyTensor) else value
 
+    if func not in READABLE:
+        return NotImplemented
     view = _view(source, func, args, kwargs)
     result = read(source._rows, func, pytree.tree_map(rows_of, args), pytree.tree_map(rows_of, kwargs))
     if result is source._rows:
         return source
-    if result is not NotImplemented:
+    hooks = source._hooks
+    if result is not NotImplemented and view is None and torch.is_grad_enabled():
         source._hooks = False  # they would not see the gradient of this
-    return lazy_rows(result, view) if isinstance(result, Rows) else result
+    return lazy_rows(result, view, hooks) if isinstance(result, Rows) else result
 
 
 def _follower(source: LazyTensor, func: Callable, args: tuple, kwargs: dict) -> Any:
@@ -246,8 +249,12 @@ def _follower(source: LazyTensor, func: Callable, args: tuple, kwargs: dict) -> 
     def compute(sources: list[torch.Tensor]) -> torch.Tensor:
         return func(sources[0], *args)
 
-    view = _view(source, func, args, kwargs)
-    return LazyTensor(compute, Sources([source]), tuple(source.shape), dtype, source.device, needs_grad, view=view)
+    view, hooks = _view(source, func, args, kwargs), source._hooks
+    if view is None and torch.is_grad_enabled():
+        source._hooks = False
+    return LazyTensor(
+        compute, Sources([source]), tuple(source.shape), dtype, source.device, needs_grad, None, view, hooks
+    )
 
 
 def _history(value: torch.Tensor) -> Any:

@@ -86,6 +86,7 @@ class Rows:
 
     picked:     what stands in for that source: some of its rows, or the same in another shape
     needs_grad: whether it has a gradient
+    turned:     whether classes are dimension 1, as a cross entropy of more than rows wants them
     head:       what it is, where it is no more than a head's logits
     """
 
@@ -97,6 +98,7 @@ class Rows:
     device: torch.device
     needs_grad: bool
     picked: torch.Tensor | None = None
+    turned: bool = False
     head: Head | None = None
 
     def values(self) -> list[torch.Tensor]:
@@ -108,7 +110,12 @@ class Rows:
 
     def whole(self) -> torch.Tensor:
         values = self.values()
-        return self.function(values if self.needs_grad else [_detached(v) for v in values])
+        return self.made_of(values if self.needs_grad else [_detached(v) for v in values])
+
+    def made_of(self, values: list[torch.Tensor]) -> torch.Tensor:
+        """All of it."""
+        result = self.function(values)
+        return result.movedim(-1, 1) if self.turned else result
 
     def small(self) -> torch.Tensor:
         """One row of zeros with as many dimensions: to see what an operation makes of shape and dtype."""
@@ -119,6 +126,8 @@ def read(rows: Rows, function: Callable, args: tuple, kwargs: dict) -> Any:
     """function(rows, *args, **kwargs), as tensors or as Rows; NotImplemented if that takes all of it."""
     handler = _HANDLERS.get(function)
     if handler is None or not rows.shape or 0 in rows.shape:
+        return NotImplemented
+    if rows.turned and handler not in (_cross_entropy, _detach, _contiguous) and function not in _CASTS:
         return NotImplemented
     try:
         return handler(rows, function, *args, **kwargs)
@@ -195,6 +204,14 @@ def _cross_entropy(
     ignore_index: int = -100, reduce: Any = None, reduction: str = "mean", label_smoothing: float = 0.0,
 ) -> Any:  # fmt: skip
     """In float32, rounded to the dtype of the logits in the end; fused where they are a head's."""
+    if rows.turned:
+        if target.shape != (rows.shape[0], *rows.shape[2:]):
+            return NotImplemented
+        x = rows.values()[rows.place].flatten(0, -2)
+        flat = replace(rows, turned=False, picked=x, shape=(len(x), rows.shape[1]))
+        options = weight, size_average, ignore_index, reduce, reduction, label_smoothing
+        loss = _cross_entropy(flat, function, target.flatten(), *options)
+        return loss.reshape(target.shape) if isinstance(loss, torch.Tensor) and reduction == "none" else loss
     count = rows.shape[0]
     known = len(rows.shape) == 2 and target.shape == (count,) and not target.is_floating_point()
     if not known or size_average is not None or reduce is not None or (weight is not None and weight.requires_grad):
@@ -275,7 +292,9 @@ def _product(rows: Rows, function: Callable, other: Any) -> Any:
     """By a number, or by other rows of the same sources: `p * p.log()`."""
     if not isinstance(other, Rows):
         return _map(rows, function, other)
-    same = other.sources is rows.sources and other.picked is rows.picked and other.shape == rows.shape
+    same = (
+        other.sources is rows.sources and not other.turned and other.picked is rows.picked and other.shape == rows.shape
+    )
     if not same:
         return NotImplemented
     inside = _as_here(rows)
@@ -320,6 +339,18 @@ def _reshape(rows: Rows, function: Callable, *args: Any, **kwargs: Any) -> Any:
     return _picked(rows, x.reshape(*shape[:-1], x.shape[-1]))
 
 
+def _permute(rows: Rows, function: Callable, *dims: Any) -> Any:
+    """Any that leaves the classes behind, or puts them behind the first dimension and all else in its order."""
+    count = len(rows.shape)
+    order = function(torch.empty(range(count), device="meta"), *dims).shape  # lengths that tell where each came from
+    if order[-1] == count - 1:
+        return _picked(rows, rows.values()[rows.place].permute(*order))
+    if count < 3 or tuple(order) != (0, count - 1, *range(1, count - 1)):
+        return NotImplemented
+    shape = (rows.shape[0], rows.shape[-1], *rows.shape[1:-1])
+    return replace(rows, turned=True, shape=shape, needs_grad=rows.needs_grad and torch.is_grad_enabled())
+
+
 def _contiguous(rows: Rows, function: Callable) -> Rows:
     return replace(rows)
 
@@ -329,7 +360,7 @@ def may_share(function: Callable, args: tuple) -> bool:
     handler = _HANDLERS.get(function)
     if handler is _index:
         return not any(isinstance(a, torch.Tensor) for a in torch.utils._pytree.tree_leaves(args))
-    return handler in (_reshape, _detach)
+    return handler in (_reshape, _detach, _permute)
 
 
 # ----
@@ -366,8 +397,10 @@ _TABLE = (
     (_detach, ("detach",)),
     (_index, ("__getitem__",)),
     (_reshape, ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze")),
+    (_permute, ("transpose", "permute", "movedim", "swapaxes", "swapdims", "moveaxis")),
     (_contiguous, ("contiguous",)),
 )  # fmt: skip
 _CASTS = {torch.Tensor.float, torch.Tensor.double, torch.Tensor.half, torch.Tensor.bfloat16, torch.Tensor.to}
 _HANDLERS = {function: handler for handler, names in _TABLE for name in names for function in _both(name)}
 _HANDLERS |= {F.softmax: _softmax, F.log_softmax: _softmax, F.cross_entropy: _cross_entropy}
+READABLE = frozenset(_HANDLERS)

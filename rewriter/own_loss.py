@@ -43,7 +43,7 @@ class Logits:
 
 
 def find_logits(graph: fx.Graph, leaves: Callable[[fx.Node], bool], taken: set[fx.Node]) -> Iterator[Logits]:
-    """The heads of a graph; `leaves` says whether it ends the forward in which a node stands. taken: not these nodes."""
+    """The heads of a graph, without the nodes that are `taken`; `leaves(node)`: whether the forward ends here."""
     (output,) = graph.find_nodes(op="output")
     results = [r for r in output.args[0] if isinstance(r, fx.Node)]
     candidates = [r for r in results if results.count(r) == 1 and list(r.users) == [output]]

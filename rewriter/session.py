@@ -21,8 +21,8 @@ from rewriter.environment import environment
 from rewriter.log import log
 from rewriter.paths import node_path, outer_frame_is
 from rewriter.pattern import Pattern
-from rewriter.record import GraphRecord, ModulePaths, kept_of, misses_of, rewrites_of
-from rewriter.report import Fallback, GraphBreak, Kept, NearMiss, RegionReport, Rewrite, RewriteReport
+from rewriter.record import GraphRecord, ModulePaths, kept_of, misses_of, on_demand_of, rewrites_of
+from rewriter.report import Fallback, GraphBreak, Kept, NearMiss, OnDemand, RegionReport, Rewrite, RewriteReport
 from rewriter.rewrite import Fuel, Proofs, Result
 
 
@@ -149,7 +149,7 @@ class Session:
         kind = self.kinds.get(base, "model")
         rewrites = rewrites_of(result, base, kind == "model", self._modules)
         misses, kept = misses_of(result, base, self._modules), kept_of(result, base, kind == "model", self._modules)
-        record = GraphRecord(base, kind, code, rewrites, misses, kept)
+        record = GraphRecord(base, kind, code, rewrites, misses, kept, on_demand_of(result, base, self._modules))
         for node in graph.nodes:
             path = node_path(node, base, self._modules.of)
             record.blocks.update(block for block in self.inlined if path == block or path.startswith(block + "."))
@@ -163,6 +163,7 @@ class Session:
         rewrites: dict[Any, Rewrite] = {}
         misses: dict[Any, NearMiss] = {}
         kept: dict[Any, Kept] = {}
+        on_demand: dict[OnDemand, None] = {}
         for record in self.graphs:
             for rewrite in record.rewrites:
                 sites = self._everywhere(rewrite.sites, record)
@@ -174,6 +175,9 @@ class Session:
             for entry in record.kept:
                 sites = self._everywhere(entry.sites, record)
                 kept.setdefault((entry.pattern, sites, entry.call), dataclasses.replace(entry, sites=sites))
+            for logits in record.on_demand:
+                sites = self._everywhere(logits.sites, record)
+                on_demand.setdefault(dataclasses.replace(logits, sites=sites))
         return RewriteReport(
             rewrites=tuple(rewrites.values()),
             near_misses=tuple(misses.values()),
@@ -183,6 +187,7 @@ class Session:
             notes=tuple(self._notes),
             environment=environment(self.options.executor),
             kept=tuple(kept.values()),
+            on_demand=tuple(on_demand),
         )
 
     def _everywhere(self, sites: tuple[str, ...], record: GraphRecord) -> tuple[str, ...]:

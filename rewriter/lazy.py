@@ -42,6 +42,7 @@ _METADATA = {
     torch.numel,
 }
 _REQUIRES_GRAD, _IS_LEAF = torch.Tensor.requires_grad.__get__, torch.Tensor.is_leaf.__get__
+_WRITTEN = "a result on demand was written in place through a view of it: use it once where gradients are recorded"
 # These look at, or hook into, a gradient that was never computed: the loss did not go through this tensor.
 _GRADIENT = {torch.Tensor.retain_grad, torch.Tensor.register_hook, torch.Tensor.register_post_accumulate_grad_hook}
 
@@ -94,8 +95,11 @@ class LazyTensor(torch.Tensor):
         self._value, self._version_joined = value, version_of(value)
         self._compute = self._sources = self._rows = self._view = None
 
-    def _follow(self) -> None:
-        """Make Python and C++ agree about values and history, wherever either was changed since."""
+    def _follow(self, written: bool = False) -> None:
+        """Make Python and C++ agree about values and history, wherever either was changed since.
+
+        written: whether this comes behind what may have written the values
+        """
         node = node_of(self)
         if node is not self._node:  # a function of autograd gave this very tensor back: it has its history by now
             self._node = node
@@ -105,6 +109,8 @@ class LazyTensor(torch.Tensor):
         elif self._view is not None and self._view.source.is_there():
             self.materialize()
         value = self._value
+        if not written and value is not None and value.requires_grad and self._stale() and not torch.is_grad_enabled():
+            raise RuntimeError(_WRITTEN)  # a function of autograd may be running, which has taken the old history
         if value is not None and value.requires_grad and not value.is_inference():
             if node is None or getattr(self, "_joined", None) is not _history(value) or self._stale():
                 self._node = join(self, value)
@@ -112,6 +118,12 @@ class LazyTensor(torch.Tensor):
 
     def _stale(self) -> bool:
         return version_of(self._value) != self._version_joined
+
+    def used(self) -> None:
+        """It goes into something by a way that no hook on its gradient, nor on that of its source, would see."""
+        self._hooks = False
+        if self._view is not None:
+            self._view.source.used()
 
     def is_there(self) -> bool:
         """Whether its values were computed, or those of what it is a view of."""
@@ -125,9 +137,9 @@ class LazyTensor(torch.Tensor):
         if isinstance(self, LazyTensor) and func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        for tensor in pytree.tree_leaves((args, kwargs)):
-            if isinstance(tensor, LazyTensor):
-                tensor._follow()
+        lazy = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, LazyTensor)]
+        for tensor in lazy:
+            tensor._follow()
         if isinstance(self, LazyTensor):
             if func == _REQUIRES_GRAD and self._value is None:
                 return self._needs_grad
@@ -136,14 +148,18 @@ class LazyTensor(torch.Tensor):
             if func in _GRADIENT and not self._hooks and self._value is None:
                 raise RuntimeError(
                     f"{func.__name__} on a result that a loss was not computed from: the head and the loss were "
-                    "fused. Ask for it before the loss is computed, or use rewriter.optimize(model, exclude=('linear_cross_entropy',)) to keep them apart."
+                    "fused. Ask for it before the loss is computed, or keep them apart with "
+                    "rewriter.optimize(model, exclude=('linear_cross_entropy',))."
                 )
             result = _by_rows(self, func, args[1:], kwargs)
             if result is NotImplemented:
                 result = _follower(self, func, args[1:], kwargs)
             if result is not NotImplemented:
                 return result
-        return func(*_materialized(args), **_materialized(kwargs))
+        result = func(*_materialized(args), **_materialized(kwargs))
+        for tensor in lazy:
+            tensor._follow(written=True)
+        return result
 
     @classmethod
     def __torch_dispatch__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -201,7 +217,7 @@ def _materialized(tree: Any, below: bool = False) -> Any:
             with outside():
                 return value.materialize()
         if value._stale() and (value._needs_grad or value._value.requires_grad):
-            raise RuntimeError("logits were written in place through a view of them: read them in Python first")
+            raise RuntimeError(_WRITTEN)
         return value._value
 
     return pytree.tree_map(plain, tree)
@@ -223,7 +239,7 @@ def _by_rows(source: LazyTensor, func: Callable, args: tuple, kwargs: dict) -> A
         return source
     hooks = source._hooks
     if result is not NotImplemented and view is None and torch.is_grad_enabled():
-        source._hooks = False  # they would not see the gradient of this
+        source.used()
     return lazy_rows(result, view, hooks) if isinstance(result, Rows) else result
 
 
@@ -251,7 +267,7 @@ def _follower(source: LazyTensor, func: Callable, args: tuple, kwargs: dict) -> 
 
     view, hooks = _view(source, func, args, kwargs), source._hooks
     if view is None and torch.is_grad_enabled():
-        source._hooks = False
+        source.used()
     return LazyTensor(
         compute, Sources([source]), tuple(source.shape), dtype, source.device, needs_grad, None, view, hooks
     )

@@ -63,7 +63,8 @@ def node_of(tensor: torch.Tensor) -> Any:
 def join(tensor: torch.Tensor, value: torch.Tensor) -> Any:
     """Give `tensor` the history of `value`; gives back the node by which C++ knows it."""
     with torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
-        Joined.apply(tensor, value)
+        with torch.autograd._unsafe_preserve_version_counter(tensor):  # its values are what they were
+            Joined.apply(tensor, value)
     return node_of(tensor)
 
 

@@ -342,7 +342,9 @@ def _reshape(rows: Rows, function: Callable, *args: Any, **kwargs: Any) -> Any:
 def _permute(rows: Rows, function: Callable, *dims: Any) -> Any:
     """Any that leaves the classes behind, or puts them behind the first dimension and all else in its order."""
     count = len(rows.shape)
-    order = function(torch.empty(range(count), device="meta"), *dims).shape  # lengths that tell where each came from
+    order = function(
+        torch.empty(tuple(range(count)), device="meta"), *dims
+    ).shape  # lengths that tell where each came from
     if order[-1] == count - 1:
         return _picked(rows, rows.values()[rows.place].permute(*order))
     if count < 3 or tuple(order) != (0, count - 1, *range(1, count - 1)):

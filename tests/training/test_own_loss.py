@@ -77,6 +77,9 @@ USES = {
 }
 
 
+WRITES = ("divided in place", "view written", "one position set")
+
+
 def smoother(z, labels):
     """As the Trainer's label smoother has it."""
     logs, labels = -F.log_softmax(z, dim=-1), labels.unsqueeze(-1)
@@ -132,11 +135,11 @@ def assert_same(loss, **options):
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_cross_entropy_is_fused(name, options):
     model = assert_same(LOSSES[name], **options)
+    z = model(IDS)
+    assert type(z) is LazyTensor
     with Watch() as watch:
-        z = model(IDS)
-        assert type(z) is LazyTensor
         LOSSES[name](z).backward()
-    assert FUSED in watch.called and not watch.rows
+    assert FUSED in watch.called and watch.rows <= 1  # a gradient of the bias has as many numbers
 
 
 @pytest.mark.parametrize("options", [MODELS["untied"], MODELS["all"]], ids=["untied", "all"])
@@ -260,6 +263,8 @@ def test_inside_a_checkpoint(reentrant):
     model, eager = pair(bias=True)
     probe = torch.zeros((), requires_grad=True)
     for name, loss in {**LOSSES, **USES}.items():
+        if reentrant and name in WRITES:
+            continue  # eager refuses them
         for m in (model, eager):
             m.zero_grad()
             z = checkpoint(lambda p, m=m: m(IDS), probe, use_reentrant=reentrant)
@@ -292,6 +297,11 @@ class Same(torch.autograd.Function):
         return grad * 2
 
 
+def written_elsewhere(z):
+    z.transpose(0, 2)[0].mul_(2)
+    return z.mean() + Custom.apply(z)
+
+
 FUNCTIONS = {
     "function": Custom.apply,
     "part": lambda z: Custom.apply(z[:, 1:]),
@@ -299,6 +309,7 @@ FUNCTIONS = {
     "twice": lambda z: Custom.apply(z) + Custom.apply(z * 2) + LOSSES["shifted"](z),
     "after it was read": lambda z: z.square().mean() + Custom.apply(z),
     "after it was written": lambda z: z.mul_(2).mean() + Custom.apply(z),
+    "a plain view written": written_elsewhere,
     "passed on": lambda z: LOSSES["shifted"](Same.apply(z)) + z.mean(),
     "engine": lambda z: Same.apply(z).square().sum() + Same.apply(z[:, 2:]).logsumexp(-1).sum(),
     "hooked": lambda z: (z.register_hook(lambda g: g * 3), LOSSES["shifted"](z) + Custom.apply(z))[1],
@@ -322,10 +333,18 @@ def test_the_engine_and_autograd_grad():
     for m in (model, eager):
         z = m(IDS)
         z.retain_grad()
-        LOSSES["shifted"](z).backward()
+        LOSSES["shifted"](z).backward(retain_graph=True)
         found.append((z.grad, *torch.autograd.grad(z.square().sum(), [m.head.weight])))
     for new, old in zip(*found, strict=True):
         torch.testing.assert_close(new, old)
+
+
+def test_a_write_that_autograd_has_not_seen_is_refused():
+    z = pair()[0](IDS)
+    part = z.transpose(0, 2)[0]
+    part.mul_(2)
+    with pytest.raises(RuntimeError, match="written in place"):
+        Custom.apply(z)
 
 
 def test_a_hook_that_would_miss_the_loss_is_refused():

@@ -62,9 +62,9 @@ def node_of(tensor: torch.Tensor) -> Any:
 
 def join(tensor: torch.Tensor, value: torch.Tensor) -> Any:
     """Give `tensor` the history of `value`; gives back the node by which C++ knows it."""
-    with torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
-        with torch.autograd._unsafe_preserve_version_counter(tensor):  # its values are what they were
-            Joined.apply(tensor, value)
+    same_values = torch.autograd._unsafe_preserve_version_counter
+    with torch.enable_grad(), torch._C.DisableTorchFunctionSubclass(), same_values(tensor):
+        Joined.apply(tensor, value)
     return node_of(tensor)
 
 

@@ -91,7 +91,7 @@ def _promise(site: Site, node: fx.Node) -> Promise:
 
 
 def _erase_dead(graph: fx.Graph, node: fx.Node, inputs: set[fx.Node]) -> None:
-    """What only led to a result that is no longer computed."""
+    """What was there for nothing but a result that is no longer computed."""
     if node in inputs or node._erased or node.users:
         return
     operands = node.all_input_nodes

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from rewriter import render
 from rewriter.load import load_report, report_from_dict
-from rewriter.report import CheckResult, Fallback, GraphBreak, NearMiss, RegionReport, Rewrite, RewriteReport
+from rewriter.report import CheckResult, Fallback, GraphBreak, NearMiss, OnDemand, RegionReport, Rewrite, RewriteReport
 from rewriter.sections import NOTHING
 from rewriter.sites import compress, compressed
 
@@ -41,6 +41,7 @@ REPORT = RewriteReport(
     fallbacks=(Fallback("model.layers.3", "limit hit", 2), Fallback("model.layers.4", "limit hit", 2)),
     notes=("logits are <i>computed</i> on demand",),
     environment={"python": "3.12.3", "device": "x86_64"},
+    on_demand=(OnDemand(("lm.head",), 32_000, 4096),),
 )
 
 

@@ -409,6 +409,21 @@ def test_a_hook_on_the_head(kind):
     assert kind != "backward" or calls == [model, eager]
 
 
+def test_a_loss_that_is_compiled():
+    def loss(z):
+        return CE(z[:, :-1].flatten(0, 1).float(), LABELS[:, 1:].flatten())
+
+    assert_same(torch.compile(loss, backend="aot_eager"), bias=True)
+
+
+def test_second_derivatives():
+    model, eager = pair()
+    for m in (model, eager):
+        (first,) = torch.autograd.grad(m(IDS).logsumexp(-1).sum(), [m.head.weight], create_graph=True)
+        first.square().sum().backward()
+    assert_equal_gradients(model, eager)
+
+
 def test_under_functorch():
     model, eager = pair()
     found = []

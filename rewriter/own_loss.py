@@ -18,8 +18,8 @@ from rewriter.meta import example, tensor_meta
 from rewriter.replace import Promise
 from rewriter.subgraph import extract
 
-# What is kept in their place is the row that goes in, and in training that is kept anyway. Logits of fewer classes are
-# not worth it: where they leave as an output of half this length or less, keeping the other saves nothing.
+# What is kept in place of a row of logits is the row that goes in, and a loss of them needs a gradient of each: below
+# twice its length, keeping the one instead of the other saves less than half, and a few classes are not worth it at all.
 LONG = 2
 
 aten = torch.ops.aten

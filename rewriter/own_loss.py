@@ -19,7 +19,7 @@ from rewriter.replace import Promise
 from rewriter.subgraph import extract
 
 # What is kept in place of a row of logits is the row that goes in, and a loss of them needs a gradient of each: below
-# twice its length, keeping the one instead of the other saves less than half, and a few classes are not worth it at all.
+# twice its length, keeping the one instead of the other saves less than half, and a few classes are not worth it.
 LONG = 2
 
 aten = torch.ops.aten

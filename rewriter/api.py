@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from rewriter import settings
-from rewriter.attach import attach, attached, detach, opaque_forward, region_forward, traceable
+from rewriter.attach import attach, attached, codes_of, detach, opaque_forward, region_forward, traceable
 from rewriter.backend import Backend, default_session
 from rewriter.execute import EXECUTORS
 from rewriter.library import select
@@ -173,7 +173,10 @@ def _install(model: nn.Module, options: Options) -> Session:
             key = forward, kind, _sizes(region.module)
             if key not in shared:
                 number = sum(known[:2] == key[:2] for known in shared)
-                compiled = torch.compile(traceable(forward, number), backend=backend, dynamic=options.dynamic)
+                entry = traceable(forward, number)
+                compiled = torch.compile(entry, backend=backend, dynamic=options.dynamic)
+                if kind == "model":
+                    session.outermost = codes_of(entry)
                 shared[key] = region_forward(forward, compiled, session, kind)
             return shared[key]
 

@@ -144,6 +144,16 @@ def region_forward(forward: Callable, compiled: Callable, session: Any, kind: st
     return torch.compiler.disable(run, recursive=True, reason=REASON)
 
 
+def codes_of(forward: Callable) -> list[types.CodeType]:
+    """Code of a forward and of what it was wrapped around, where `functools.wraps` tells."""
+    codes = []
+    while forward is not None:
+        if (code := getattr(forward, "__code__", None)) is not None:
+            codes.append(code)
+        forward = getattr(forward, "__wrapped__", None)
+    return codes
+
+
 def traceable(forward: Callable, number: int) -> Callable:
     """`forward` as Dynamo accepts it for an outermost frame: it skips frames whose code lies in torch.nn itself.
 

@@ -21,7 +21,9 @@ from rewriter.lazy_rows import Head, Rows, Sources
 from rewriter.library import select
 from rewriter.log import log
 from rewriter.lower import Lowering
+from rewriter.meta import tensor_meta
 from rewriter.normalise import normalise
+from rewriter.own_loss import CASTS, PRODUCTS, SCALINGS, TURNS
 from rewriter.replace import LazyOutput
 from rewriter.rewrite import Result, rewrite
 from rewriter.session import Options, RewriteError, Session
@@ -52,7 +54,8 @@ class Backend:
         if options.dry:
             with_checkpoints(gm)
             return _noting(gm.forward, session, record)
-        run = execute(target, example_inputs, executor)
+        empty = not any(n.op.startswith("call") for n in target.graph.nodes)  # its outputs are all made on demand
+        run = target.forward if empty else execute(target, example_inputs, executor)
         if result.lazy:
             run = with_lazy_outputs(run, result.lazy)
         return _noting(run, session, record)
@@ -64,7 +67,9 @@ class Backend:
         """
         lowered = self._lowering(gm)
         normalise(lowered.graph)
-        result = rewrite(lowered, self.session.options.patterns, self.session.proofs, self.session.fuel, lazy=whole)
+        session = self.session
+        leaves = self._ends(gm) if whole else None
+        result = rewrite(lowered, session.options.patterns, session.proofs, session.fuel, whole, leaves)
         for node in lowered.graph.nodes:
             if node.op == "get_attr" and isinstance(getattr(lowered, node.target, None), fx.GraphModule):
                 if any(u.target is torch._higher_order_ops.wrap.tag_activation_checkpoint for u in node.users):
@@ -74,6 +79,17 @@ class Backend:
                     result.kept += inner.kept
                     result.refused += inner.refused
         return lowered, result
+
+    def _ends(self, gm: fx.GraphModule) -> Callable[[fx.Node], bool] | None:
+        """What tells of a node whether the outermost forward ends with this graph, if it does at all.
+
+        Dynamo says whether it goes on behind the graph; a forward that it had to leave runs others with graphs of
+        their own, so the node must have been captured in that very function.
+        """
+        reason = getattr(gm, "compile_subgraph_reason", None)
+        if reason is None or reason.graph_break:
+            return None
+        return self.session.is_outermost
 
 
 def _own_saved_tensors() -> contextlib.AbstractContextManager:
@@ -116,12 +132,21 @@ def with_lazy_outputs(run: Callable, lazy: list[LazyOutput]) -> Callable:
 
     def call(*args: Any) -> tuple:
         results = list(run(*args))
+        if torch._C._are_functorch_transforms_active():  # which can't see what is done later
+            return tuple(_at_once(results, args, lazy))
         kept = results[: lazy[0].kept]
         for spec in lazy:  # in order of their places
             kept.insert(spec.index, _lazy_tensor(spec, args, results))
         return tuple(kept)
 
     return call
+
+
+def _at_once(results: list, args: tuple, lazy: list[LazyOutput]) -> list:
+    kept = results[: lazy[0].kept]
+    for spec in lazy:
+        kept.insert(spec.index, _lazy_tensor(spec, args, results).materialize())
+    return kept
 
 
 def _lazy_tensor(spec: LazyOutput, args: tuple, results: list) -> LazyTensor:
@@ -139,39 +164,57 @@ def _lazy_tensor(spec: LazyOutput, args: tuple, results: list) -> LazyTensor:
     shape, sources = spec.shape_of(tuple(tuple(v.shape) for v in values)), Sources(values)
     if spec.rows is not None and shape[:-1] == tuple(values[spec.rows].shape[:-1]):
         rows = Rows(sources, spec.rows, compute, shape, spec.meta.dtype, device, grad)
-        return lazy_rows(dataclasses.replace(rows, head=_head(spec, dict(ambient[1]).get(device.type), values)))
-    return LazyTensor(compute, sources, shape, spec.meta.dtype, device, grad)
+        rows = dataclasses.replace(rows, head=_head(spec, dict(ambient[1]).get(device.type), values))
+        return lazy_rows(rows, hooks=spec.hooks)
+    return LazyTensor(compute, sources, shape, spec.meta.dtype, device, grad, hooks=spec.hooks)
 
 
 def _head(spec: LazyOutput, matmul_dtype: torch.dtype | None, values: list) -> Head | None:
     """What a loss of it can be fused with: a linear layer in one dtype, maybe scaled and capped by numbers."""
-    places = {node: i for i, node in enumerate(spec.module.graph.find_nodes(op="placeholder"))}
-    linear, *steps = [n for n in spec.module.graph.nodes if n.op not in ("placeholder", "output")]
-    if linear.target is not aten.linear.default or linear.kwargs or places.get(linear.args[0]) != spec.rows:
+    graph = spec.module.graph
+    places = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
+    product, *steps = [n for n in graph.nodes if n.op == "call_function" and n.target not in TURNS]
+    if product.target not in PRODUCTS or product.kwargs or places.get(product.args[0]) != spec.rows:
         return None
-    before, after, capped, last = 1.0, 1.0, False, linear
+    x, weight, *bias = (a for a in product.args if a is not None)
+    transposed = product.target is aten.matmul.default and weight in places
+    if weight not in places:
+        weight = weight.args[0]
+    if steps and steps[0].target is aten.add.Tensor and steps[0].args[0] is product:
+        product, *steps = steps
+        bias.append(product.args[1])
+    before, after, capped, last = 1.0, 1.0, False, product
     for step in steps:
-        number = step.args[1] if len(step.args) == 2 else None
-        if step.args[0] is not last or step.kwargs or step.target not in (*_SCALINGS, aten.tanh.default):
+        if step.args[0] is not last:
             return None
-        last = step
-        if step.target is aten.tanh.default:
+        number, last = (step.args[1] if len(step.args) == 2 else None), step
+        if step.target in CASTS:
+            if not _widens(step):
+                return None
+        elif step.target is aten.tanh.default:
             if capped:
                 return None
             capped = True
-        elif not isinstance(number, int | float) or not number > 0:
+        elif step.kwargs or step.target not in SCALINGS or not isinstance(number, int | float) or not number > 0:
             return None
         else:
             factor = 1 / number if step.target in (aten.div.Tensor, aten.div.Scalar) else number
             before, after = (before, after * factor) if capped else (before * factor, after)
-    x, weight, *bias = (places.get(a) for a in linear.args if a is not None)
-    if None in (weight, *bias) or (len({values[i].dtype for i in (x, weight, *bias)}) > 1 and matmul_dtype is None):
+    places = [places.get(node) for node in (x, weight, *bias)]
+    if None in places or (len({values[i].dtype for i in places}) > 1 and matmul_dtype is None):
         return None
-    return Head(weight, bias[0] if bias else None, matmul_dtype, before * after, after if capped else None)
+    _, weight, *bias = places
+    scale, cap = before * after, after if capped else None
+    return Head(weight, bias[0] if bias else None, matmul_dtype, scale, cap, transposed)
+
+
+def _widens(step: fx.Node) -> bool:
+    """Whether a cast only adds digits, which a loss in float32 does anyway. Where dtypes aren't known, it doesn't."""
+    before, after = tensor_meta(step.args[0]), tensor_meta(step)
+    return None not in (before, after) and torch.promote_types(before.dtype, after.dtype) == after.dtype
 
 
 aten = torch.ops.aten
-_SCALINGS = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
 
 
 @functools.cache

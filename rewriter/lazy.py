@@ -11,13 +11,15 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils import _pytree as pytree
 
-from rewriter.lazy_rows import Rows, Sources, read
+from rewriter.lazy_history import History, join, node_of, outside
+from rewriter.lazy_rows import READABLE, Rows, Sources, may_share, read, version_of
 
 _METADATA = {
     torch.Tensor.shape.__get__,
@@ -26,8 +28,9 @@ _METADATA = {
     torch.Tensor.layout.__get__,
     torch.Tensor.ndim.__get__,
     torch.Tensor.is_cuda.__get__,
-    torch.Tensor.is_leaf.__get__,
     torch.Tensor.size,
+    torch.Tensor.stride,
+    torch.Tensor.is_contiguous,
     torch.Tensor.dim,
     torch.Tensor.numel,
     torch.Tensor.nelement,
@@ -38,7 +41,8 @@ _METADATA = {
     torch.is_tensor,
     torch.numel,
 }
-_REQUIRES_GRAD = torch.Tensor.requires_grad.__get__
+_REQUIRES_GRAD, _IS_LEAF = torch.Tensor.requires_grad.__get__, torch.Tensor.is_leaf.__get__
+_WRITTEN = "a result on demand was written in place through a view of it: use it once where gradients are recorded"
 # These look at, or hook into, a gradient that was never computed: the loss did not go through this tensor.
 _GRADIENT = {torch.Tensor.retain_grad, torch.Tensor.register_hook, torch.Tensor.register_post_accumulate_grad_hook}
 
@@ -56,59 +60,167 @@ class LazyTensor(torch.Tensor):
         device: torch.device,
         needs_grad: bool,
         rows: Rows | None = None,
+        view: _View | None = None,
+        hooks: bool = False,
     ) -> LazyTensor:
-        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device, requires_grad=False)
+        """view: what it shares memory with; hooks: whether a hook on its gradient sees all of that"""
+        strides = view.strides if view is not None else None
+
+        def make() -> torch.Tensor:
+            return torch.Tensor._make_wrapper_subclass(cls, shape, strides=strides, dtype=dtype, device=device)
+
+        def inputs() -> list[Any]:
+            return sources.checked() if rows is None else rows.values()
+
+        if needs_grad and torch.is_grad_enabled():
+            self = History.apply(make, inputs, compute if rows is None else rows.made_of, *inputs())
+        else:
+            self = make()
         self._compute, self._sources, self._value, self._needs_grad = compute, sources, None, needs_grad
-        self._rows = rows
+        self._rows, self._view, self._hooks = rows, view, hooks
+        self._node, self._version_joined = node_of(self), 0
         _remember(self)
         return self
 
     def materialize(self) -> torch.Tensor:
         """The plain tensor; computed at the first call."""
         if self._value is None:
-            self._value = self._compute(self._sources.checked())
-            self._compute = self._sources = self._rows = None
+            if self._view is not None:
+                self._settle(self._view.make())
+            else:
+                self._settle(self._compute(self._sources.checked()))
         return self._value
+
+    def _settle(self, value: torch.Tensor) -> None:
+        self._value, self._version_joined = value, version_of(value)
+        self._compute = self._sources = self._rows = self._view = None
+
+    def _follow(self, written: bool = False) -> None:
+        """Make Python and C++ agree about values and history, wherever either was changed since.
+
+        written: whether this comes behind what may have written the values
+        """
+        node = node_of(self)
+        if node is not self._node:  # a function of autograd gave this very tensor back: it has its history by now
+            self._node = node
+            with torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
+                self._settle(torch.ops.aten.clone.default(self))
+            self._needs_grad, self._hooks = True, True
+        elif self._view is not None and self._view.source.is_there():
+            self.materialize()
+        value = self._value
+        if not written and value is not None and value.requires_grad and self._stale() and not torch.is_grad_enabled():
+            raise RuntimeError(_WRITTEN)  # a function of autograd may be running, which has taken the old history
+        if value is not None and value.requires_grad and not value.is_inference():
+            if node is None or getattr(self, "_joined", None) is not _history(value) or self._stale():
+                self._node = join(self, value)
+                self._joined, self._version_joined = _history(value), version_of(value)
+
+    def _stale(self) -> bool:
+        return version_of(self._value) != self._version_joined
+
+    def used(self) -> None:
+        """It goes into something by a way that no hook on its gradient, nor on that of its source, would see."""
+        self._hooks = False
+        if self._view is not None:
+            self._view.source.used()
+
+    def is_there(self) -> bool:
+        """Whether its values were computed, or those of what it is a view of."""
+        return self._value is not None or (self._view is not None and self._view.source.is_there())
 
     @classmethod
     @torch.compiler.disable  # Dynamo meets it behind a graph break, and loses its way in here
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         self = args[0] if args else None
+        if isinstance(self, LazyTensor) and func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        lazy = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, LazyTensor)]
+        for tensor in lazy:
+            tensor._follow()
         if isinstance(self, LazyTensor):
-            if func in _METADATA:
-                with torch._C.DisableTorchFunctionSubclass():
-                    return func(*args, **kwargs)
-            if func is _REQUIRES_GRAD:
+            if func == _REQUIRES_GRAD and self._value is None:
                 return self._needs_grad
-            if func in _GRADIENT:
+            if func == _IS_LEAF and self._value is None:
+                return not self._needs_grad
+            if func in _GRADIENT and not self._hooks and self._value is None:
                 raise RuntimeError(
-                    f"{func.__name__} on a result that the loss was not computed from: the head and the loss were "
-                    "fused. Use rewriter.optimize(model, exclude=('linear_cross_entropy',)) to keep them apart."
+                    f"{func.__name__} on a result that a loss was not computed from: the head and the loss were "
+                    "fused. Ask for it before the loss is computed, or keep them apart with "
+                    "rewriter.optimize(model, exclude=('linear_cross_entropy',))."
                 )
             result = _by_rows(self, func, args[1:], kwargs)
             if result is NotImplemented:
                 result = _follower(self, func, args[1:], kwargs)
             if result is not NotImplemented:
                 return result
-        return func(*_materialized(args), **_materialized(kwargs))
+        result = func(*_materialized(args), **_materialized(kwargs))
+        for tensor in lazy:
+            tensor._follow(written=True)
+        return result
 
     @classmethod
     def __torch_dispatch__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        return func(*_materialized(args), **_materialized(kwargs or {}))
+        return func(*_materialized(args, below=True), **_materialized(kwargs or {}, below=True))
 
 
-def lazy_rows(rows: Rows) -> LazyTensor:
+@dataclass(frozen=True)
+class _View:
+    """What shares memory with another result on demand: `function(source)`, taken under the grad mode of its time."""
+
+    source: LazyTensor
+    function: Callable
+    args: tuple
+    kwargs: dict
+    grad: bool
+    strides: tuple[int, ...]
+
+    def make(self) -> torch.Tensor:
+        with torch.set_grad_enabled(self.grad):
+            part = self.function(self.source.materialize(), *self.args, **self.kwargs)
+        return part if self.grad else part.detach()
+
+
+def _view(source: LazyTensor, function: Callable, args: tuple, kwargs: dict) -> _View | None:
+    """function(source) as a view, or None where it is a copy. Raises what the function does for such strides."""
+    if not may_share(function, args):
+        return None
+    with torch._C.DisableTorchFunctionSubclass():
+        whole = torch.empty_strided(source.size(), source.stride(), dtype=source.dtype, device="meta")
+    part = function(whole, *args, **kwargs)
+    if not torch._C._is_alias_of(part, whole):
+        return None
+    return _View(source, function, args, kwargs, torch.is_grad_enabled(), part.stride())
+
+
+def lazy_rows(rows: Rows, view: _View | None = None, hooks: bool = False) -> LazyTensor:
     """The tensor that `rows` describes."""
 
     def compute(_: list[torch.Tensor]) -> torch.Tensor:
         return rows.whole()
 
-    return LazyTensor(compute, rows.sources, rows.shape, rows.dtype, rows.device, rows.needs_grad, rows)
+    sources, shape, device = rows.sources, rows.shape, rows.device
+    return LazyTensor(compute, sources, shape, rows.dtype, device, rows.needs_grad, rows, view, hooks)
 
 
-def _materialized(tree: Any) -> Any:
-    return pytree.tree_map(lambda t: t.materialize() if isinstance(t, LazyTensor) else t, tree)
+def _materialized(tree: Any, below: bool = False) -> Any:
+    """below: in an operator that runs already, below autograd"""
+
+    def plain(value: Any) -> Any:
+        if not isinstance(value, LazyTensor):
+            return value
+        if not below:
+            return value.materialize()
+        if value._value is None:
+            with outside():
+                return value.materialize()
+        if value._stale() and (value._needs_grad or value._value.requires_grad):
+            raise RuntimeError(_WRITTEN)
+        return value._value
+
+    return pytree.tree_map(plain, tree)
 
 
 def _by_rows(source: LazyTensor, func: Callable, args: tuple, kwargs: dict) -> Any:
@@ -119,8 +231,16 @@ def _by_rows(source: LazyTensor, func: Callable, args: tuple, kwargs: dict) -> A
     def rows_of(value: Any) -> Any:
         return value._rows or value.materialize() if isinstance(value, LazyTensor) else value
 
+    if func not in READABLE:
+        return NotImplemented
+    view = _view(source, func, args, kwargs)
     result = read(source._rows, func, pytree.tree_map(rows_of, args), pytree.tree_map(rows_of, kwargs))
-    return lazy_rows(result) if isinstance(result, Rows) else result
+    if result is source._rows:
+        return source
+    hooks = source._hooks
+    if result is not NotImplemented and view is None and torch.is_grad_enabled():
+        source.used()
+    return lazy_rows(result, view, hooks) if isinstance(result, Rows) else result
 
 
 def _follower(source: LazyTensor, func: Callable, args: tuple, kwargs: dict) -> Any:
@@ -138,12 +258,24 @@ def _follower(source: LazyTensor, func: Callable, args: tuple, kwargs: dict) -> 
         needs_grad = False
     else:
         return NotImplemented
+    if func is not torch.Tensor.detach and dtype == source.dtype:
+        return source
     needs_grad = needs_grad and torch.is_grad_enabled()
 
-    def compute(_: list[torch.Tensor]) -> torch.Tensor:
-        return func(source.materialize(), *args)
+    def compute(sources: list[torch.Tensor]) -> torch.Tensor:
+        return func(sources[0], *args)
 
-    return LazyTensor(compute, Sources([]), tuple(source.shape), dtype, source.device, needs_grad)
+    view, hooks = _view(source, func, args, kwargs), source._hooks
+    if view is None and torch.is_grad_enabled():
+        source.used()
+    return LazyTensor(
+        compute, Sources([source]), tuple(source.shape), dtype, source.device, needs_grad, None, view, hooks
+    )
+
+
+def _history(value: torch.Tensor) -> Any:
+    """The node of a tensor that is none of ours; a leaf is its own."""
+    return value.grad_fn or value
 
 
 _pending: dict[int, weakref.ref[LazyTensor]] = {}

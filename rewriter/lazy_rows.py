@@ -28,7 +28,8 @@ ELEMENTS = 1 << 26  # of some rows at a time
 class Head:
     """Rows that are softcap(scale * (x @ weight.T + bias)), weight and bias given by their places among the sources.
 
-    dtype: what operands of the product are rounded to first, if anything
+    dtype:      what operands of the product are rounded to first, if anything
+    transposed: whether the weight is [D, V]
     """
 
     weight: int
@@ -36,6 +37,7 @@ class Head:
     dtype: torch.dtype | None
     scale: float
     softcap: float | None
+    transposed: bool = False
 
 
 class Changed(RuntimeError):
@@ -50,11 +52,11 @@ class Sources:
 
     def __init__(self, tensors: list[torch.Tensor]):
         self.tensors = list(tensors)
-        self._versions = [_version(t) for t in tensors]
+        self._versions = [version_of(t) for t in tensors]
 
     def checked(self) -> list[torch.Tensor]:
         """The tensors; raises Changed if one was written in place."""
-        if [_version(t) for t in self.tensors] != self._versions:
+        if [version_of(t) for t in self.tensors] != self._versions:
             raise Changed(
                 "this result is computed on demand, and what it is computed from was changed in place since the model "
                 "returned it: read it before"
@@ -65,11 +67,12 @@ class Sources:
         """Copy those among these parameters (by id), which are about to be written in place."""
         for i, tensor in enumerate(self.tensors):
             if id(tensor) in parameters:
-                self.tensors[i] = tensor.detach().clone()
-                self._versions[i] = _version(self.tensors[i])
+                with torch.enable_grad():  # the copy's gradient is still the parameter's
+                    self.tensors[i] = tensor.clone()
+                self._versions[i] = version_of(self.tensors[i])
 
 
-def _version(value: Any) -> int:
+def version_of(value: Any) -> int:
     return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else 0
 
 
@@ -83,6 +86,7 @@ class Rows:
 
     picked:     what stands in for that source: some of its rows, or the same in another shape
     needs_grad: whether it has a gradient
+    turned:     whether classes are dimension 1, as a cross entropy of more than rows wants them
     head:       what it is, where it is no more than a head's logits
     """
 
@@ -94,6 +98,7 @@ class Rows:
     device: torch.device
     needs_grad: bool
     picked: torch.Tensor | None = None
+    turned: bool = False
     head: Head | None = None
 
     def values(self) -> list[torch.Tensor]:
@@ -105,7 +110,12 @@ class Rows:
 
     def whole(self) -> torch.Tensor:
         values = self.values()
-        return self.function(values if self.needs_grad else [_detached(v) for v in values])
+        return self.made_of(values if self.needs_grad else [_detached(v) for v in values])
+
+    def made_of(self, values: list[torch.Tensor]) -> torch.Tensor:
+        """All of it."""
+        result = self.function(values)
+        return result.movedim(-1, 1) if self.turned else result
 
     def small(self) -> torch.Tensor:
         """One row of zeros with as many dimensions: to see what an operation makes of shape and dtype."""
@@ -116,6 +126,8 @@ def read(rows: Rows, function: Callable, args: tuple, kwargs: dict) -> Any:
     """function(rows, *args, **kwargs), as tensors or as Rows; NotImplemented if that takes all of it."""
     handler = _HANDLERS.get(function)
     if handler is None or not rows.shape or 0 in rows.shape:
+        return NotImplemented
+    if rows.turned and handler not in (_cross_entropy, _detach, _contiguous) and function not in _CASTS:
         return NotImplemented
     try:
         return handler(rows, function, *args, **kwargs)
@@ -192,6 +204,14 @@ def _cross_entropy(
     ignore_index: int = -100, reduce: Any = None, reduction: str = "mean", label_smoothing: float = 0.0,
 ) -> Any:  # fmt: skip
     """In float32, rounded to the dtype of the logits in the end; fused where they are a head's."""
+    if rows.turned:
+        if target.shape != (rows.shape[0], *rows.shape[2:]):
+            return NotImplemented
+        x = rows.values()[rows.place].flatten(0, -2)
+        flat = replace(rows, turned=False, picked=x, shape=(len(x), rows.shape[1]))
+        options = weight, size_average, ignore_index, reduce, reduction, label_smoothing
+        loss = _cross_entropy(flat, function, target.flatten(), *options)
+        return loss.reshape(target.shape) if isinstance(loss, torch.Tensor) and reduction == "none" else loss
     count = rows.shape[0]
     known = len(rows.shape) == 2 and target.shape == (count,) and not target.is_floating_point()
     if not known or size_average is not None or reduce is not None or (weight is not None and weight.requires_grad):
@@ -202,8 +222,9 @@ def _cross_entropy(
     if rows.head is not None and rows.dtype != torch.float64:
         values = rows.values() if rows.needs_grad else [_detached(v) for v in rows.values()]
         bias = None if rows.head.bias is None else values[rows.head.bias]
+        matrix = values[rows.head.weight].t() if rows.head.transposed else values[rows.head.weight]
         return linear_cross_entropy(
-            values[rows.place], values[rows.head.weight], target, bias=bias, ignore_index=ignore_index,
+            values[rows.place], matrix, target, bias=bias, ignore_index=ignore_index,
             reduction=reduction, label_smoothing=label_smoothing, class_weight=weight, matmul_dtype=rows.head.dtype,
             scale=rows.head.scale, softcap=rows.head.softcap, out_dtype=dtype,
         )  # fmt: skip
@@ -229,7 +250,10 @@ def _cross_entropy(
 
 
 def _map(rows: Rows, function: Callable, *args: Any, **kwargs: Any) -> Any:
-    """An operation on every element, or on every row by itself, with numbers and dtypes as its other arguments."""
+    """An operation on every element, or on every row by itself, with numbers and dtypes as its other arguments.
+
+    A cast to the dtype that they have gives the very same.
+    """
     if any(isinstance(a, torch.Tensor) for a in (*args, *kwargs.values())):
         return NotImplemented
     inside, before = _as_here(rows), rows.function
@@ -239,7 +263,11 @@ def _map(rows: Rows, function: Callable, *args: Any, **kwargs: Any) -> Any:
         with inside():
             return function(z, *args, **kwargs)
 
-    dtype = function(rows.small(), *args, **kwargs).dtype
+    small = rows.small()
+    result = function(small, *args, **kwargs)
+    if result is small:
+        return rows
+    dtype = result.dtype
     grad = rows.needs_grad and torch.is_grad_enabled()
     wider = function in _CASTS and torch.promote_types(rows.dtype, dtype) == dtype  # which a loss in float32 is anyway
     return replace(rows, function=after, dtype=dtype, needs_grad=grad, head=rows.head if wider else None)
@@ -264,7 +292,9 @@ def _product(rows: Rows, function: Callable, other: Any) -> Any:
     """By a number, or by other rows of the same sources: `p * p.log()`."""
     if not isinstance(other, Rows):
         return _map(rows, function, other)
-    same = other.sources is rows.sources and other.picked is rows.picked and other.shape == rows.shape
+    same = (
+        other.sources is rows.sources and not other.turned and other.picked is rows.picked and other.shape == rows.shape
+    )
     if not same:
         return NotImplemented
     inside = _as_here(rows)
@@ -309,8 +339,30 @@ def _reshape(rows: Rows, function: Callable, *args: Any, **kwargs: Any) -> Any:
     return _picked(rows, x.reshape(*shape[:-1], x.shape[-1]))
 
 
+def _permute(rows: Rows, function: Callable, *dims: Any) -> Any:
+    """Any that leaves the classes behind, or puts them behind the first dimension and all else in its order."""
+    count = len(rows.shape)
+    order = function(
+        torch.empty(tuple(range(count)), device="meta"), *dims
+    ).shape  # lengths that tell where each came from
+    if order[-1] == count - 1:
+        return _picked(rows, rows.values()[rows.place].permute(*order))
+    if count < 3 or tuple(order) != (0, count - 1, *range(1, count - 1)):
+        return NotImplemented
+    shape = (rows.shape[0], rows.shape[-1], *rows.shape[1:-1])
+    return replace(rows, turned=True, shape=shape, needs_grad=rows.needs_grad and torch.is_grad_enabled())
+
+
 def _contiguous(rows: Rows, function: Callable) -> Rows:
-    return rows
+    return replace(rows)
+
+
+def may_share(function: Callable, args: tuple) -> bool:
+    """Whether a result can share memory with what it is read from."""
+    handler = _HANDLERS.get(function)
+    if handler is _index:
+        return not any(isinstance(a, torch.Tensor) for a in torch.utils._pytree.tree_leaves(args))
+    return handler in (_reshape, _detach, _permute)
 
 
 # ----
@@ -347,8 +399,10 @@ _TABLE = (
     (_detach, ("detach",)),
     (_index, ("__getitem__",)),
     (_reshape, ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze")),
+    (_permute, ("transpose", "permute", "movedim", "swapaxes", "swapdims", "moveaxis")),
     (_contiguous, ("contiguous",)),
 )  # fmt: skip
 _CASTS = {torch.Tensor.float, torch.Tensor.double, torch.Tensor.half, torch.Tensor.bfloat16, torch.Tensor.to}
 _HANDLERS = {function: handler for handler, names in _TABLE for name in names for function in _both(name)}
 _HANDLERS |= {F.softmax: _softmax, F.log_softmax: _softmax, F.cross_entropy: _cross_entropy}
+READABLE = frozenset(_HANDLERS)

@@ -119,7 +119,7 @@ class Legality:
         for node in covered:
             if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
                 raise Illegal(f"{node.name} writes in place inside the match", node)
-            if type(example(node)) not in _PLAIN and isinstance(example(node), torch.Tensor):
+            if type(example(node)) not in PLAIN and isinstance(example(node), torch.Tensor):
                 raise Illegal(f"{node.name} is a {type(example(node)).__name__}", node)
             states.add(node.meta.get("ambient"))
         if len(states) > 1:
@@ -240,7 +240,7 @@ def _window(node: fx.Node, length: int) -> Iterator[fx.Node]:
         node = node.next
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter, FakeTensor)
+PLAIN = (torch.Tensor, torch.nn.Parameter, FakeTensor)
 
 
 def written_nodes(graph: fx.Graph) -> dict[fx.Node, tuple[fx.Node, ...]]:

@@ -8,15 +8,26 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from rewriter.report import CheckResult, Fallback, GraphBreak, Kept, NearMiss, RegionReport, Rewrite, RewriteReport
+from rewriter.report import (
+    CheckResult,
+    Fallback,
+    GraphBreak,
+    Kept,
+    NearMiss,
+    OnDemand,
+    RegionReport,
+    Rewrite,
+    RewriteReport,
+)
 
 # What a field that an older report lacks, or that has a default, is taken to be.
-_DEFAULTS: dict[str, Any] = {"lazy": False, "parts": (), "notes": (), "kept": ()}
+_DEFAULTS: dict[str, Any] = {"lazy": False, "parts": (), "notes": (), "kept": (), "on_demand": ()}
 # Fields that hold other records.
 _RECORDS: dict[str, type] = {
     "rewrites": Rewrite,
     "kept": Kept,
     "near_misses": NearMiss,
+    "on_demand": OnDemand,
     "regions": RegionReport,
     "graph_breaks": GraphBreak,
     "fallbacks": Fallback,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from types import CodeType
 
 from torch import fx
 
+_FRAME = re.compile(r'File "(.*)", line (\d+), in (.*)')
 _PIECE = re.compile(r"\[['\"]?([^'\"\]]+)['\"]?\]")
 
 
@@ -28,6 +30,15 @@ def _from_source(source: str, base: str) -> str:
     text = source.partition("]")[2]
     text = _PIECE.sub(r".\1", text).replace("._modules.", ".").strip(".")
     return ".".join(p for p in (base, text) if p)
+
+
+def outer_frame_is(code: CodeType, stack_trace: str) -> bool:
+    """Whether the outermost frame of a node's stack trace ran this code, or what Dynamo made of the rest of it."""
+    if (found := _FRAME.search(stack_trace)) is None or found[1] != code.co_filename:
+        return False
+    lines = [line for _, _, line in code.co_lines() if line is not None]
+    name = re.sub(r"^torch_dynamo_resume_in_(.*)_at_\d+$", r"\1", found[3])
+    return name == code.co_name and min(lines) <= int(found[2]) <= max(lines)
 
 
 def site_path(

@@ -12,7 +12,7 @@ from torch import nn
 
 from rewriter.legality import Site
 from rewriter.paths import node_path, site_path
-from rewriter.report import CheckResult, Kept, NearMiss, Rewrite
+from rewriter.report import CheckResult, Kept, NearMiss, OnDemand, Rewrite
 from rewriter.rewrite import Refusal, Result
 from rewriter.verify import Verification
 
@@ -30,6 +30,7 @@ class GraphRecord:
     rewrites: list[Rewrite]
     misses: list[NearMiss]
     kept: list[Kept] = field(default_factory=list)
+    on_demand: list[OnDemand] = field(default_factory=list)
     paths: dict[str, None] = field(default_factory=dict)
     blocks: set[str] = field(default_factory=set)
 
@@ -75,6 +76,15 @@ def kept_of(result: Result, base: str, whole: bool, modules: ModulePaths) -> lis
         path = site_path(outputs, covered, base, whole, modules.of)
         kept.append(Kept(entry.match.pattern.name, (names.name(entry.match.pattern.name, path),), entry.call))
     return kept
+
+
+def on_demand_of(result: Result, base: str, modules: ModulePaths) -> list[OnDemand]:
+    """The report's entries for logits that one graph returns without a loss."""
+    names, found = _Ordinals(), []
+    for logits in result.logits:
+        path = site_path(logits.nodes[-1:], logits.nodes, base, True, modules.of)
+        found.append(OnDemand((names.name("", path),), logits.classes, logits.width))
+    return found
 
 
 def misses_of(result: Result, base: str, modules: ModulePaths) -> list[NearMiss]:

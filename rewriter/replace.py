@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -25,6 +26,7 @@ class LazyOutput:
     kept:    how many of the new graph's outputs the caller gets; the rest serve lazy outputs
     module:  computes it from `sources`: ("input", i) is the graph's i-th input, ("output", i) its i-th new output
     rows:    the source of which each row makes a row of it, if there is one
+    hooks:   whether all of its gradient comes by way of it: no loss was computed beside it
     """
 
     index: int
@@ -35,6 +37,7 @@ class LazyOutput:
     ambient: tuple | None
     dtypes: tuple[torch.dtype, ...]
     rows: int | None
+    hooks: bool
     _shapes: dict = field(default_factory=dict)
 
     def shape_of(self, shapes: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
@@ -47,13 +50,27 @@ class LazyOutput:
         return self._shapes[shapes]
 
 
-def replace_sites(gm: fx.GraphModule, sites: list[Site]) -> list[LazyOutput]:
-    """Rewrite the graph in place; the lazy outputs were removed from its output, in the order given back."""
+@dataclass(frozen=True)
+class Promise:
+    """An output to be computed on demand: by `module`, of `inputs`. rows: as in LazyOutput, the place among inputs."""
+
+    result: fx.Node
+    inputs: tuple[fx.Node, ...]
+    module: fx.GraphModule
+    rows: int | None
+    hooks: bool = True
+
+
+def replace_sites(gm: fx.GraphModule, sites: list[Site], promised: Iterable[Promise] = ()) -> list[LazyOutput]:
+    """Rewrite the graph in place; the lazy outputs were removed from its output, in the order given back.
+
+    promised: further outputs that become lazy
+    """
     graph = gm.graph
     new: dict[fx.Node, fx.Node] = {}
     order = {node: i for i, node in enumerate(graph.nodes)}
     # Copies of the original operators, so they are taken before anything is spliced in.
-    promised = [(n, s, extract(s.inputs, _between(s, n), (n,))) for s in sites for n in s.lazy]
+    promised = [*(_promise(s, n) for s in sites for n in s.lazy), *promised]
     for site in sorted(sites, key=lambda s: order[s.before]):
         _splice(graph, site, new)
     lazy = _delay_outputs(graph, promised, new)
@@ -61,9 +78,26 @@ def replace_sites(gm: fx.GraphModule, sites: list[Site]) -> list[LazyOutput]:
         for node in reversed(site.covered):
             if not node.users and node.graph is graph and not node._erased:
                 graph.erase_node(node)
+    for promise in promised:
+        _erase_dead(graph, promise.result, set(promise.inputs))
     graph.lint()
     gm.recompile()
     return lazy
+
+
+def _promise(site: Site, node: fx.Node) -> Promise:
+    module = extract(site.inputs, _between(site, node), (node,))
+    return Promise(node, site.inputs, module, _rows(site, module), hooks=False)
+
+
+def _erase_dead(graph: fx.Graph, node: fx.Node, inputs: set[fx.Node]) -> None:
+    """What was there for nothing but a result that is no longer computed."""
+    if node in inputs or node._erased or node.users:
+        return
+    operands = node.all_input_nodes
+    graph.erase_node(node)
+    for operand in operands:
+        _erase_dead(graph, operand, inputs)
 
 
 def _splice(graph: fx.Graph, site: Site, new: dict[fx.Node, fx.Node]) -> None:
@@ -97,17 +131,17 @@ def _delay_outputs(graph: fx.Graph, promised: list, new: dict[fx.Node, fx.Node])
     output = graph.find_nodes(op="output")[0]
     results = list(output.args[0])
     inputs = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
-    delayed = {node: (site, module) for node, site, module in promised}
+    delayed = {promise.result: promise for promise in promised}
     kept = [r for r in results if r not in delayed]
     count = len(kept)
     lazy = []
     for index, result in enumerate(results):
         if result not in delayed:
             continue
-        site, module = delayed[result]
+        promise = delayed[result]
         sources = []
-        dtypes = tuple(tensor_meta(n).dtype for n in site.inputs)
-        for node in site.inputs:
+        dtypes = tuple(tensor_meta(n).dtype for n in promise.inputs)
+        for node in promise.inputs:
             node = new.get(node, node)
             if node in inputs:
                 sources.append(("input", inputs[node]))
@@ -116,7 +150,8 @@ def _delay_outputs(graph: fx.Graph, promised: list, new: dict[fx.Node, fx.Node])
                 kept.append(node)
             sources.append(("output", kept.index(node)))
         meta, ambient = tensor_meta(result), result.meta.get("ambient")
-        lazy.append(LazyOutput(index, count, module, tuple(sources), meta, ambient, dtypes, _rows(site, module)))
+        made_of = tuple(sources), meta, ambient, dtypes, promise.rows, promise.hooks
+        lazy.append(LazyOutput(index, count, promise.module, *made_of))
     output.args = (tuple(kept),)
     return lazy
 

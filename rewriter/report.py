@@ -50,6 +50,19 @@ class Kept:
 
 
 @dataclass(frozen=True)
+class OnDemand:
+    """Logits that a forward without labels returns and that are computed when somebody looks at them.
+
+    A cross entropy of the caller's own runs fused with the head. classes and width: lengths of a row of the logits and
+    of what it is made of.
+    """
+
+    sites: tuple[str, ...]
+    classes: int
+    width: int
+
+
+@dataclass(frozen=True)
 class NearMiss:
     """A place that looked like a pattern and was left alone. node: the graph node the reason speaks of."""
 
@@ -91,8 +104,9 @@ class Fallback:
 class RewriteReport:
     """Everything `rewriter` did to a model so far.
 
-    kept:  places that were recognised and left, because the model itself calls nothing worse there
-    notes: what else it changed about a call, in words
+    kept:      places that were recognised and left, because the model itself calls nothing worse there
+    notes:     what else it changed about a call, in words
+    on_demand: logits that are returned without a loss, and computed when somebody looks at them
     """
 
     rewrites: tuple[Rewrite, ...]
@@ -103,6 +117,7 @@ class RewriteReport:
     notes: tuple[str, ...]
     environment: dict[str, str]
     kept: tuple[Kept, ...] = ()
+    on_demand: tuple[OnDemand, ...] = ()
 
     @property
     def graphs(self) -> int:

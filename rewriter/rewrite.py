@@ -15,6 +15,7 @@ from rewriter.legality import Illegal, Legality, Site, written_nodes
 from rewriter.log import log
 from rewriter.matcher import find
 from rewriter.meta import tensor_meta
+from rewriter.own_loss import Logits, find_logits
 from rewriter.pattern import Match, Pattern, is_narrowing
 from rewriter.replace import LazyOutput, replace_sites
 from rewriter.shadow import Value, build_shadow
@@ -40,12 +41,16 @@ class Kept:
 
 @dataclass
 class Result:
-    """What rewriting one graph did. `applied` pairs each site with its proof (None when verification is off)."""
+    """What rewriting one graph did. `applied` pairs each site with its proof (None when verification is off).
+
+    logits: those that the graph returns without a loss, computed on demand from now on
+    """
 
     applied: list[tuple[Site, Verification | None]] = field(default_factory=list)
     kept: list[Kept] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
     lazy: list[LazyOutput] = field(default_factory=list)
+    logits: list[Logits] = field(default_factory=list)
 
 
 class Proofs:
@@ -81,15 +86,29 @@ class Fuel:
         return self.left >= 0
 
 
-def rewrite(gm: fx.GraphModule, patterns: Iterable[Pattern], proofs: Proofs, fuel: Fuel, lazy: bool = True) -> Result:
-    """Rewrite a lowered graph in place. lazy: outputs may be taken out of it, to be computed on demand."""
+def rewrite(
+    gm: fx.GraphModule,
+    patterns: Iterable[Pattern],
+    proofs: Proofs,
+    fuel: Fuel,
+    lazy: bool = True,
+    leaves: Callable[[fx.Node], bool] | None = None,
+) -> Result:
+    """Rewrite a lowered graph in place.
+
+    lazy:   outputs may be taken out of it, to be computed on demand
+    leaves: tells of a node whether the graph ends the outermost forward there: then logits are on demand without a loss
+    """
     result = Result()
     with torch._guards.tracing(None):  # what runs on fake tensors here must not touch the shapes Dynamo is tracing
         sites = choose_sites(gm.graph, patterns, proofs, result, lazy)
     kept = [(site, proof) for site, proof in sites if fuel.take()]
     for site, _ in sites[len(kept) :]:
         result.refused.append(Refusal(site.pattern, "REWRITER_FUEL is used up", site.outputs[0]))
-    result.lazy = replace_sites(gm, [site for site, _ in kept])
+    if lazy and leaves is not None and any(p.name == "linear_cross_entropy" for p in patterns):
+        taken = {node for site, _ in kept for node in site.covered} - {n for site, _ in kept for n in site.outputs}
+        result.logits = [found for found in find_logits(gm.graph, leaves, taken) if fuel.take()]
+    result.lazy = replace_sites(gm, [site for site, _ in kept], [found.promise for found in result.logits])
     result.applied = kept
     for site, _ in kept:
         log.info("rewrote %s at %s", site.pattern, site.outputs[0].name)

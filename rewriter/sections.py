@@ -36,9 +36,11 @@ def summary(report: RewriteReport) -> str:
         return NOTHING
     rewritten = sum(len({s for r in report.rewrites if r.pattern == name for s in r.sites}) for name in _names(report))
     kept = sum(len(k.sites) for k in report.kept)
+    demanded = len({site for d in report.on_demand for site in d.sites})
     missed = len({(m.pattern, s, m.node, m.reason) for m in report.near_misses for s in m.sites})
     counts = (
         (rewritten, "place rewritten", "places rewritten"),
+        *([(demanded, "result on demand", "results on demand")] if demanded else []),
         *([(kept, "place already so", "places already so")] if kept else []),
         (missed, "near miss", "near misses"),
         (report.graphs, "graph compiled", "graphs compiled"),
@@ -51,13 +53,21 @@ def summary(report: RewriteReport) -> str:
 
 def sections(report: RewriteReport) -> list[Section]:
     """The tables that have anything to say."""
-    tables = [_coverage(report), _rewrites(report), _kept(report), _verification(report), _near_misses(report)]
-    tables += [_regions(report), _graph_breaks(report), _fallbacks(report), _notes(report)]
+    tables = [_coverage(report), _rewrites(report), _on_demand(report), _kept(report), _verification(report)]
+    tables += [_near_misses(report), _regions(report), _graph_breaks(report), _fallbacks(report), _notes(report)]
     return [table for table in tables if table.rows]
 
 
 def _contents(report: RewriteReport) -> tuple:
-    return report.rewrites + report.kept + report.near_misses + report.regions + report.graph_breaks + report.fallbacks
+    return (
+        report.rewrites
+        + report.on_demand
+        + report.kept
+        + report.near_misses
+        + report.regions
+        + report.graph_breaks
+        + report.fallbacks
+    )
 
 
 def _names(report: RewriteReport) -> list[str]:
@@ -93,6 +103,16 @@ def _kept(report: RewriteReport) -> Section:
     for group in _grouped(report.kept, lambda k: (k.pattern, k.call)):
         rows.append((_line(group[0].pattern), _where([s for k in group for s in k.sites]), _line(group[0].call)))
     return Section("Already so", ("pattern", "where", "the model's own call"), tuple(rows), frozenset({"where"}))
+
+
+def _on_demand(report: RewriteReport) -> Section:
+    rows = []
+    for group in _grouped(report.on_demand, lambda d: (d.classes, d.width)):
+        sizes = f"{group[0].classes} of {group[0].width}"
+        why = ("computed when looked at: a cross entropy", "of your own runs fused with the head")
+        rows.append((_where([s for d in group for s in d.sites]), _line(sizes), why))
+    columns = ("where", "classes", "what is done")
+    return Section("Logits without a loss", columns, tuple(rows), frozenset({"where"}))
 
 
 def _verification(report: RewriteReport) -> Section:

@@ -8,6 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any
 
 import torch
@@ -18,10 +19,10 @@ from rewriter import context
 from rewriter.attach import REASON
 from rewriter.environment import environment
 from rewriter.log import log
-from rewriter.paths import node_path
+from rewriter.paths import node_path, outer_frame_is
 from rewriter.pattern import Pattern
-from rewriter.record import GraphRecord, ModulePaths, kept_of, misses_of, rewrites_of
-from rewriter.report import Fallback, GraphBreak, Kept, NearMiss, RegionReport, Rewrite, RewriteReport
+from rewriter.record import GraphRecord, ModulePaths, kept_of, misses_of, on_demand_of, rewrites_of
+from rewriter.report import Fallback, GraphBreak, Kept, NearMiss, OnDemand, RegionReport, Rewrite, RewriteReport
 from rewriter.rewrite import Fuel, Proofs, Result
 
 
@@ -57,6 +58,7 @@ class Session:
         self._notes: dict[str, None] = {}
         self._breaks = _breaks()
         self.inlined: tuple[str, ...] = ()
+        self.outermost: list[CodeType] = []  # of the outermost forward, and of what wraps it
         self.when_in_pieces: Callable[[], None] | None = None
         self._in_pieces = False
         self._training_calls: set[frozenset[str]] = set()
@@ -134,6 +136,12 @@ class Session:
         frame = context.current()
         return frame.path if frame else ""
 
+    def is_outermost(self, node: fx.Node) -> bool:
+        """Whether a node was captured from the code of the outermost forward itself, as the frame that Dynamo ran."""
+        if context.current() is None or self.kinds.get(self.running()) != "model":
+            return False
+        return any(outer_frame_is(code, node.meta.get("stack_trace") or "") for code in self.outermost)
+
     def record(self, result: Result, graph: fx.Graph, code: Any) -> GraphRecord:
         """Keep what `rewrite` did to a graph; called before the graph first runs."""
         base = self.running()
@@ -141,7 +149,7 @@ class Session:
         kind = self.kinds.get(base, "model")
         rewrites = rewrites_of(result, base, kind == "model", self._modules)
         misses, kept = misses_of(result, base, self._modules), kept_of(result, base, kind == "model", self._modules)
-        record = GraphRecord(base, kind, code, rewrites, misses, kept)
+        record = GraphRecord(base, kind, code, rewrites, misses, kept, on_demand_of(result, base, self._modules))
         for node in graph.nodes:
             path = node_path(node, base, self._modules.of)
             record.blocks.update(block for block in self.inlined if path == block or path.startswith(block + "."))
@@ -155,6 +163,7 @@ class Session:
         rewrites: dict[Any, Rewrite] = {}
         misses: dict[Any, NearMiss] = {}
         kept: dict[Any, Kept] = {}
+        on_demand: dict[OnDemand, None] = {}
         for record in self.graphs:
             for rewrite in record.rewrites:
                 sites = self._everywhere(rewrite.sites, record)
@@ -166,6 +175,9 @@ class Session:
             for entry in record.kept:
                 sites = self._everywhere(entry.sites, record)
                 kept.setdefault((entry.pattern, sites, entry.call), dataclasses.replace(entry, sites=sites))
+            for logits in record.on_demand:
+                sites = self._everywhere(logits.sites, record)
+                on_demand.setdefault(dataclasses.replace(logits, sites=sites))
         return RewriteReport(
             rewrites=tuple(rewrites.values()),
             near_misses=tuple(misses.values()),
@@ -175,6 +187,7 @@ class Session:
             notes=tuple(self._notes),
             environment=environment(self.options.executor),
             kept=tuple(kept.values()),
+            on_demand=tuple(on_demand),
         )
 
     def _everywhere(self, sites: tuple[str, ...], record: GraphRecord) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from rewriter import render
 from rewriter.load import load_report, report_from_dict
-from rewriter.report import CheckResult, Fallback, GraphBreak, NearMiss, RegionReport, Rewrite, RewriteReport
+from rewriter.report import CheckResult, Fallback, GraphBreak, NearMiss, OnDemand, RegionReport, Rewrite, RewriteReport
 from rewriter.sections import NOTHING
 from rewriter.sites import compress, compressed
 
@@ -41,6 +41,7 @@ REPORT = RewriteReport(
     fallbacks=(Fallback("model.layers.3", "limit hit", 2), Fallback("model.layers.4", "limit hit", 2)),
     notes=("logits are <i>computed</i> on demand",),
     environment={"python": "3.12.3", "device": "x86_64"},
+    on_demand=(OnDemand(("lm.head",), 32_000, 4096),),
 )
 
 
@@ -115,7 +116,8 @@ def test_every_view_holds_everything(view):
         "3.12.3", "x86_64", "rms_norm", "57", "fused_rms_norm", "weight=plain", "head#2", "on demand",
         "output 0", "rotary", "{0..27}.self_attn", "see", "mul_3", "q = q", "glu", "is used again", "silu", "block",
         "call to print", "model.layers.{3,4}", "limit hit", "on demand",
-        "59 places rewritten, 29 near misses, 3 graphs compiled, 1 recompile, 3 graph breaks, 4 fallbacks",
+        "59 places rewritten, 1 result on demand, 29 near misses, 3 graphs compiled, 1 recompile, 3 graph breaks",
+        "4 fallbacks", "lm.head", "32000 of 4096",
     ):  # fmt: skip
         assert expected in shown, expected
 
@@ -176,7 +178,7 @@ def test_html_is_one_escaped_page():
     assert "cos is &lt;b&gt;odd&lt;/b&gt;" in render.html(REPORT)
     assert not {"script", "link", "img", "b"} & set(page.tags)
     assert not page.links
-    assert page.tags.count("table") == 8
+    assert page.tags.count("table") == 9
 
 
 def test_html_escapes_every_field():

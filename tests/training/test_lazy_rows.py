@@ -93,6 +93,9 @@ READS = {
     "sum": lambda z: F.cross_entropy(z.reshape(-1, V), IGNORING.view(-1), reduction="sum") / 7,
     "losses": lambda z: F.cross_entropy(z.flatten(0, 1), IGNORING.flatten(), reduction="none"),
     "weighted": lambda z: F.cross_entropy(z.flatten(0, 1), IGNORING.flatten(), CLASS_WEIGHT, label_smoothing=0.2),
+    "turned": lambda z: F.cross_entropy(z.transpose(1, 2), TARGET),
+    "turned rows": lambda z: z.transpose(0, 1).logsumexp(-1),
+    "turned, some": lambda z: F.cross_entropy(z[:, 1:].permute(0, 2, 1).float(), IGNORING[:, 1:], reduction="none"),
     "nothing counts": lambda z: F.cross_entropy(z.flatten(0, 1), torch.full((B * T,), -100)).nan_to_num(),
 }  # fmt: skip
 # Those that do, and are eager's all the same.
@@ -102,7 +105,7 @@ WHOLE = {
     "over everything": lambda z: z.logsumexp((1, 2)),
     "part of the classes": lambda z: z[..., 3:7],
     "classes by ellipsis": lambda z: z[0, ..., 2],
-    "turned": lambda z: F.cross_entropy(z.transpose(1, 2), TARGET),
+    "turned and read": lambda z: z.transpose(1, 2).softmax(1),
     "soft labels": lambda z: F.cross_entropy(z.flatten(0, 1), torch.full((B * T, V), 1 / V)),
     "list": lambda z: z[[0]],
     "regrouped": lambda z: z.reshape(-1),

@@ -48,7 +48,7 @@ def cases(draw):
         return draw(st.sampled_from(options))
 
     dtype = pick(torch.float32, torch.bfloat16, torch.float16)
-    classes = pick(11, 2, 1, 37, 64)
+    classes = pick(11, 2, 3, 37, 64)
     options = {
         "reduction": pick("mean", "sum", "none"),
         "ignore_index": pick(-100, 0, -1),
@@ -64,8 +64,8 @@ def cases(draw):
     return Case(
         pick(*SHAPES), pick(8, 1, 3, 16), classes, dtype, pick(*LAYOUTS), pick(*list(LAYOUTS)[:-1]),
         pick(False, True), pick(*[(a, b, c) for a in (True, False) for b in (True, False) for c in (True, False)]),
-        pick("some", "none", "all", "all but one"), pick(torch.int64, torch.int32), pick("dense", "expanded", "strided"),
-        options,
+        pick("some", "none", "all", "all but one"), pick(torch.int64, torch.int32),
+        pick("dense", "expanded", "strided"), options,
     )  # fmt: skip
 
 
@@ -147,7 +147,8 @@ def judge(case, draws):
     if not outcomes:
         return
     floor = case.options["matmul_dtype"] or case.dtype
-    names = ["loss", *(n for n, t in zip(("x", "weight", "bias"), case.trained) if t and (n != "bias" or case.bias))]
+    trained = zip(("x", "weight", "bias"), case.trained, (True, True, case.bias), strict=True)
+    names = ["loss", *(name for name, needed, there in trained if needed and there)]
     rows = [[[loss, *grads] for loss, grads in outcome] for outcome in outcomes]
     for i, name in enumerate(names):
         assert_near_truth(*(torch.cat([r[k][i].flatten() for r in rows]) for k in range(3)), name, floor)

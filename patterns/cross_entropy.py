@@ -83,9 +83,6 @@ def loss_check(match: Match) -> str | None:
         return "its weights of the target and of all classes don't add up to 1"
     if match.variant["loss"] != "cross_entropy":
         return None
-    logits, target = match.bound_operator("cross_entropy").inputs[:2]
-    if logits.meta is None or logits.meta.shape[:-1] != target.meta.shape:
-        return "the targets are not one per row"
     if "class_weight" in match.tensors and match.meta("class_weight").requires_grad:
         return "its class weights are trained"
     return None
@@ -94,21 +91,26 @@ def loss_check(match: Match) -> str | None:
 def loss_options(match: Match) -> dict:
     """Keyword arguments of `finished`, and of the kernels, for a match of any of the spellings."""
     loss = match.variant["loss"]
-    reduction, ignore_index, smoothing = (
-        match.attrs("cross_entropy") if loss == "cross_entropy" else (0, NEVER, match.consts.get("spread", 0.0))
-    )
+    if loss == "cross_entropy":
+        reduction, ignore_index, smoothing, z_loss = match.attrs("cross_entropy")
+    else:
+        by_token = [value.attrs for value in match.bound.values() if value.op == "token_loss"]
+        reduction, ignore_index, smoothing = 0, NEVER, match.consts.get("spread", 0.0)
+        z_loss = by_token[0][0] if by_token and by_token[0] else 0.0
     return {
         "ignore_index": ignore_index,
         "reduction": REDUCTIONS[reduction],
         "label_smoothing": smoothing,
         "scale": match.consts.get("scale", 1.0),
         "softcap": match.consts.get("softcap"),
+        "z_loss": z_loss,
         "out_dtype": match.root.meta.dtype,
     }
 
 
 def loss_note(kwargs: dict) -> dict:
-    return {k: v for k, v in kwargs.items() if k in ("reduction", "softcap", "scale") and v not in (None, 1.0)}
+    plain = {"softcap": None, "scale": 1.0, "z_loss": 0.0}
+    return {k: v for k, v in kwargs.items() if k == "reduction" or (k in plain and v != plain[k])}
 
 
 def finished(losses, target, loss: str):

@@ -16,7 +16,7 @@ from rewriter.shadow import Shadow, Value, is_row_operator, zeroed_in_part
 
 BUDGET = 4000  # goals tried for one candidate
 # Operators whose attributes a pattern reads from the match instead of asking for its own.
-FREE_ATTRS = {"cross_entropy", "attention", "reshape", "expand"}
+FREE_ATTRS = {"cross_entropy", "token_loss", "attention", "reshape", "expand"}
 MAX_ROOTS = 32  # candidates climbed to from one anchor
 
 
@@ -59,21 +59,26 @@ def _find_reference(shadow: Shadow, pattern: Pattern, reference: Reference) -> t
     matches, misses, tried = [], [], set()
     for start in list(shadow.by_op[anchor.op]):
         best: Miss | None = None
-        found = False
+        found: Value | None = None
         for root in _climb(start, path, pattern):
-            if root in tried:
+            if root in tried or (found is not None and not _is_variant(root, found)):
                 continue
             tried.add(root)
             search = _Search(pattern, traced)
             if root.node is not None and search.solve(((traced.root, root, None),)):
                 matches.append(search.match(reference, root))
-                found = True
-                break
+                found = root
+                continue
             if best is None or search.progress > best.progress:
                 best = Miss(pattern, start, search.progress, search.reason, search.at or root)
-        if best is not None and not found and best.progress > 0.5 and not pattern.parts:
+        if best is not None and found is None and best.progress > 0.5 and not pattern.parts:
             misses.append(best)
     return matches, misses
+
+
+def _is_variant(root: Value, other: Value) -> bool:
+    """Whether two values differ only in what a pattern reads from them: a loss alone, and with its z-loss."""
+    return root.op == other.op and root.op in FREE_ATTRS and root.inputs[:1] == other.inputs[:1]
 
 
 def _path_to_root(traced: TracedReference, anchor: Value) -> list[Value]:

@@ -24,11 +24,12 @@ from rewriter.verify import Verification, verify
 
 @dataclass(frozen=True)
 class Refusal:
-    """A match or near match that stays as it was."""
+    """A match or near match that stays as it was. matched: the operators of a whole match, a composite's excepted."""
 
     pattern: str
     reason: str
     node: fx.Node | None
+    matched: frozenset[fx.Node] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -155,8 +156,10 @@ def choose_sites(
     result.kept = [k for k in result.kept if k.match.output not in done]
     done |= {value.node for k in result.kept for value in k.match.bound.values()}
     result.refused += [
-        r for (_, at), r in refused.items() if not (_real(at) in done or (r.node is not None and r.node in done))
-    ]
+        r
+        for (_, at), r in refused.items()
+        if r.matched - done or not (_real(at) in done or (r.node is not None and r.node in done))
+    ]  # part of a match may have become a smaller one: the logits' loss, where their head can't be in it
     return sorted(accepted, key=lambda pair: legality.position[pair[0].outputs[0]])
 
 
@@ -190,8 +193,13 @@ def _legal_site(legality: Legality, match: Match, refused: dict) -> Site | None:
                 return site
         except Illegal as error:
             if variant is match:
-                refused[match.pattern.name, match.root] = Refusal(match.pattern.name, error.reason, error.node)
+                refusal = Refusal(match.pattern.name, error.reason, error.node, _operators(match))
+                refused[match.pattern.name, match.root] = refusal
     return None
+
+
+def _operators(match: Match) -> frozenset[fx.Node]:
+    return frozenset() if match.pattern.parts else frozenset(v.node for v in match.bound.values()) - {None}
 
 
 def _with_trailing_cast(match: Match) -> Match | None:
@@ -275,7 +283,8 @@ def _prove(legality: Legality, group: list[Site], proofs: Proofs, accepted: list
         else:
             reason = f"verification: {proof.reason}"
             log.warning("%s at %s stays as it was: %s", site.pattern, site.outputs[0].name, reason)
-            refused[site.pattern, site.matches[0].root] = Refusal(site.pattern, reason, site.outputs[0])
+            match = site.matches[0]
+            refused[site.pattern, match.root] = Refusal(site.pattern, reason, site.outputs[0], _operators(match))
 
 
 def _proof_key(site: Site) -> Any:

@@ -16,7 +16,7 @@ from rewriter.shadow import Shadow, Value, is_row_operator
 def _cross_entropy(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
     logits, target, weight, reduction, ignore_index, smoothing = args[:6]
     logits = _classes_last(logits)
-    return _loss(shadow, node, logits, target, weight, (int(reduction), int(ignore_index), float(smoothing)))
+    return _loss(shadow, node, logits, target, weight, (int(reduction), int(ignore_index), float(smoothing), 0.0))
 
 
 @rule(aten.nll_loss_nd, aten.nll_loss, aten.nll_loss2d)
@@ -25,7 +25,7 @@ def _nll(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
     logits = _before_log_softmax(shadow, given)
     if logits is None:
         return None
-    return _loss(shadow, node, logits, target, weight, (int(reduction), int(ignore_index), 0.0))
+    return _loss(shadow, node, logits, target, weight, (int(reduction), int(ignore_index), 0.0, 0.0))
 
 
 def _before_log_softmax(shadow: Shadow, given: Value) -> Value | None:

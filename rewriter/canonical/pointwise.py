@@ -12,6 +12,7 @@ from torch import fx
 from rewriter.canonical.activations import activation
 from rewriter.canonical.reductions import largest, without_maximum
 from rewriter.canonical.table import aten, negative, operand, rule
+from rewriter.canonical.z_loss import with_z_loss
 from rewriter.meta import tensor_meta
 from rewriter.shadow import Shadow, Value
 
@@ -220,6 +221,8 @@ def plus(shadow: Shadow, node: fx.Node | None, left: Value, right: Value) -> Val
             return shadow.add("linear", (*a.inputs, b), (), node, a.meta)
         if b.op == "neg":
             return minus(shadow, node, a, b.inputs[0])
+    if node is not None and (loss := with_z_loss(shadow, node, left, right)) is not None:
+        return loss
     return shadow.add("add", (left, right), (), node, meta=_widest(left, right))
 
 

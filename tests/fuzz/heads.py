@@ -107,7 +107,9 @@ def _criterion(b, z, labels):
     else:
         p = b.do("{0}.gather(-1, {1}[:, None])[:, 0] - {0}.logsumexp(-1)", z, safe)
     if kind == "z loss":
-        return b.do("F.cross_entropy({0}, {1}) + 0.1 * {0}.logsumexp(-1).square().mean()", z, labels)
+        square = b.choose("{0}.logsumexp(-1).square()", "{0}.logsumexp(-1).pow(2) * ({1} != -100)")
+        over = b.choose("({1} != -100).sum()", "({1} != -100).sum().clamp(min=1)", "{1}.numel()")
+        return b.do(f"F.cross_entropy({{0}}, {{1}}) + 0.1 * ({square}).sum() / {over}", z, labels)
     return b.do(
         b.choose("-({} * ({} != -100)).mean()", "-{}[{} != -100].mean()", "-{0}.mean() + 0 * {1}.sum()"), p, labels
     )

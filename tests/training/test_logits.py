@@ -135,3 +135,96 @@ def test_number_of_items_in_batch(pair):
         m(**BATCH, num_items_in_batch=torch.tensor(57)).loss.backward()
     assert_same_gradients(*pair)
     assert rewriter.report(pair[0]).sites("linear_cross_entropy")
+
+
+@pytest.mark.parametrize("teacher_too", [False, True])
+def test_distillation_loop(pair, teacher_too):
+    """Three steps of a loop that compares the logits of a student and a teacher."""
+    teacher = build("Llama", seed=3, use_cache=False).eval()
+    histories = []
+    for m, optimised in zip(pair, (True, False), strict=True):
+        master = copy.deepcopy(teacher)
+        master = rewriter.optimize(master) if optimised and teacher_too else master
+        optimizer, losses = torch.optim.SGD(m.parameters(), lr=0.1), []
+        for inputs in batches():
+            outputs = m(**inputs)
+            with torch.no_grad():
+                wanted = master(**inputs).logits
+            kept = inputs["labels"] != -100
+            student, wanted = (F.log_softmax(z.float()[kept] / 2.0, -1) for z in (outputs.logits, wanted))
+            distance = F.kl_div(student, wanted, log_target=True, reduction="batchmean") * 4.0
+            loss = 0.5 * outputs.loss + 0.5 * distance
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses += [loss.detach(), distance.detach()]
+        histories.append(torch.stack(losses))
+    torch.testing.assert_close(*histories, rtol=1e-5, atol=1e-6)
+    assert max(relative(p, q) for p, q in zip(*(m.parameters() for m in pair), strict=True)) <= TOLERANCE
+
+
+def test_accuracy_in_evaluation(pair):
+    """An evaluation loop with its sums on the side, between steps of training."""
+    histories = []
+    for m in pair:
+        optimizer, numbers = torch.optim.SGD(m.parameters(), lr=0.1), []
+        for inputs in batches():
+            m.train()
+            m(**inputs).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            m.eval()
+            with torch.no_grad():
+                outputs = m(**inputs)
+            right = (outputs.logits.argmax(-1)[:, :-1] == inputs["labels"][:, 1:]).sum()
+            numbers.append(torch.stack([outputs.loss, outputs.loss.exp(), right]))
+        histories.append(torch.stack(numbers))
+    torch.testing.assert_close(*histories, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def accelerator():
+    accelerate = pytest.importorskip("accelerate")
+    yield accelerate.Accelerator(cpu=True)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+GATHERS = {
+    "gather": lambda a, z: a.gather(z),
+    "gather for metrics": lambda a, z: a.gather_for_metrics((z, z.argmax(-1)))[0],
+    "pad across processes": lambda a, z: a.pad_across_processes(z, dim=1, pad_index=-100),
+    "padded and gathered": lambda a, z: a.gather_for_metrics(a.pad_across_processes(z.detach(), dim=1)),
+    "reduce": lambda a, z: a.reduce(z, reduction="mean"),
+    "to numpy": lambda a, z: torch.as_tensor(a.gather(z).detach().float().cpu().numpy()),
+}
+
+
+@pytest.mark.parametrize("name", GATHERS)
+def test_accelerate_gathers(pair, accelerator, name):
+    results = [GATHERS[name](accelerator, accelerator.prepare(m)(**BATCH).logits) for m in pair]
+    assert results[0].shape == results[1].shape and results[0].dtype == results[1].dtype
+    assert relative(*(r.detach() + 0 for r in results)) <= TOLERANCE
+
+
+def test_accelerate_loop_with_mixed_precision(pair):
+    """Outputs come back in float32; the loss goes through accelerator.backward."""
+    accelerate = pytest.importorskip("accelerate")
+    histories = []
+    for m in pair:
+        accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=2)
+        try:
+            m, optimizer = accelerator.prepare(m, torch.optim.SGD(m.parameters(), lr=0.1))
+            losses = []
+            for inputs in batches():
+                with accelerator.accumulate(m):
+                    outputs = m(**inputs)
+                    assert outputs.loss.dtype is outputs.logits.dtype is torch.float32
+                    accelerator.backward(outputs.loss)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                losses.append(outputs.loss.detach())
+                losses.append(outputs.logits.detach().logsumexp(-1).mean())
+            histories.append(torch.stack(losses))
+        finally:
+            accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    torch.testing.assert_close(*histories, rtol=2e-2, atol=2e-2)

@@ -6,6 +6,7 @@ spellings here serve it too: the loss of a batch, or the logarithm of the target
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -83,6 +84,9 @@ def loss_check(match: Match) -> str | None:
         return "its weights of the target and of all classes don't add up to 1"
     if match.variant["loss"] != "cross_entropy":
         return None
+    logits, target = match.bound_operator("cross_entropy").inputs[:2]
+    if None in (logits.meta, target.meta) or math.prod(logits.meta.shape[:-1]) != target.meta.numel():
+        return "the targets are not one per row"
     if "class_weight" in match.tensors and match.meta("class_weight").requires_grad:
         return "its class weights are trained"
     return None

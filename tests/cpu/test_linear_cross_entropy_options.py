@@ -161,7 +161,6 @@ def test_every_combination(case):
     check(case)
 
 
-@pytest.mark.xfail(reason="1 / count is rounded to float32 before it becomes the gradient's factor", strict=True)
 def test_mean_in_float64():
     """Over three rows: the reciprocal of their number is none of few bits."""
     x, weight = (torch.randn(n, 4, dtype=torch.float64, requires_grad=True) for n in (3, 5))

@@ -3,7 +3,6 @@
 import dataclasses
 from dataclasses import dataclass, field
 
-import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

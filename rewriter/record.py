@@ -72,9 +72,8 @@ def kept_of(result: Result, base: str, whole: bool, modules: ModulePaths) -> lis
     """The report's entries for what was recognised in one graph and left, since nothing better is known."""
     names, kept = _Ordinals(), []
     for entry in result.kept:
-        outputs, covered = entry.match.outputs, tuple(v.node for v in entry.match.bound.values() if v.node is not None)
-        path = site_path(outputs, covered, base, whole, modules.of)
-        kept.append(Kept(entry.match.pattern.name, (names.name(entry.match.pattern.name, path),), entry.call))
+        path = site_path(entry.outputs, entry.nodes, base, whole, modules.of)
+        kept.append(Kept(entry.pattern, (names.name(entry.pattern, path),), entry.call))
     return kept
 
 

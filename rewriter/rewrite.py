@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from rewriter.foreign import fused_tails
 from rewriter.legality import Illegal, Legality, Site, written_nodes
 from rewriter.log import log
 from rewriter.matcher import find
@@ -20,6 +21,8 @@ from rewriter.pattern import Match, Pattern, is_narrowing
 from rewriter.replace import LazyOutput, replace_sites
 from rewriter.shadow import Value, build_shadow
 from rewriter.verify import Verification, verify
+
+TAIL = "linear_cross_entropy"  # what a tail that somebody else has fused counts as
 
 
 @dataclass(frozen=True)
@@ -34,9 +37,11 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Kept:
-    """A match that stays because the model itself calls nothing worse there: `call`."""
+    """A place that stays because the model itself calls nothing worse there: `call`. nodes: its operators."""
 
-    match: Match
+    pattern: str
+    outputs: tuple[fx.Node, ...]
+    nodes: tuple[fx.Node, ...]
     call: str
 
 
@@ -103,6 +108,8 @@ def rewrite(
     result = Result()
     with torch._guards.tracing(None):  # what runs on fake tensors here must not touch the shapes Dynamo is tracing
         sites = choose_sites(gm.graph, patterns, proofs, result, lazy)
+    names = {p.name for p in patterns}
+    result.kept += [Kept(TAIL, (n,), (n,), call) for n, call in fused_tails(gm.graph) if TAIL in names]
     kept = [(site, proof) for site, proof in sites if fuel.take()]
     for site, _ in sites[len(kept) :]:
         result.refused.append(Refusal(site.pattern, "REWRITER_FUEL is used up", site.outputs[0]))
@@ -135,7 +142,8 @@ def choose_sites(
         for match in matches:
             call = _guarded(lambda m=match: m.pattern.already(m), pattern, refused, match.root)
             if call:
-                result.kept.append(Kept(match, call))
+                bound = tuple(v.node for v in match.bound.values() if v.node is not None)
+                result.kept.append(Kept(pattern.name, match.outputs, bound, call))
                 continue
             site = _legal_site(legality, match, refused)
             if site is not None:
@@ -153,8 +161,8 @@ def choose_sites(
             _prove(legality, group, proofs, accepted, refused)
         banned.update(id(site) for site in fresh)
     done = {node for site, _ in accepted for node in site.compute}
-    result.kept = [k for k in result.kept if k.match.output not in done]
-    done |= {value.node for k in result.kept for value in k.match.bound.values()}
+    result.kept = [k for k in result.kept if k.outputs[0] not in done]
+    done |= {node for k in result.kept for node in k.nodes}
     result.refused += [
         r
         for (_, at), r in refused.items()

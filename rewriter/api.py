@@ -10,7 +10,16 @@ import torch
 from torch import nn
 
 from rewriter import settings
-from rewriter.attach import attach, attached, codes_of, detach, opaque_forward, region_forward, traceable
+from rewriter.attach import (
+    attach,
+    attached,
+    codes_of,
+    detach,
+    opaque_forward,
+    region_forward,
+    replaced_by,
+    traceable,
+)
 from rewriter.backend import Backend, default_session
 from rewriter.execute import EXECUTORS
 from rewriter.library import select
@@ -77,6 +86,12 @@ def report(model: nn.Module) -> RewriteReport:
     session = _session(model)
     if session is None:
         raise ValueError("this model was not optimised: call rewriter.optimize(model) first")
+    ran = {record.kind for record in session.graphs}
+    if ran and "model" not in ran:
+        for module in model.modules():
+            mark, other = attached(module), replaced_by(module)
+            if mark is not None and session.kinds.get(mark.path) == "model" and other:
+                session.note(f"{other} took the place of the outermost forward: head and loss run as that has them")
     return session.report()
 
 

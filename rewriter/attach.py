@@ -46,6 +46,19 @@ def attached(module: nn.Module) -> Attachment | None:
     return module.__dict__.get(_MARK)
 
 
+def replaced_by(module: nn.Module) -> str:
+    """Name of the forward that somebody put over ours, or an empty text."""
+    mark, forward = attached(module), module.__dict__.get("forward")
+    inner = getattr(forward, "__func__", forward)
+    if mark is None or inner is None or inner is mark.forward:
+        return ""
+    while isinstance(inner, functools.partial):
+        inner = inner.func
+    code = getattr(inner, "__code__", None)  # its names are often those of the forward it wraps
+    place = getattr(inner, "__globals__", {}).get("__name__", "")
+    return f"{place}.{code.co_name}" if code is not None else type(inner).__name__
+
+
 def attach(region: Region, wrap: Callable[[Callable], Callable], session: Any) -> None:
     """Give the region's module the forward `wrap(unbound forward)`."""
     module = region.module

@@ -1,12 +1,14 @@
 """A tail that another library has fused is left as it is, and the report says so."""
 
 import copy
+import types
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from training.common import relative
+from training.common import assert_same_gradients, relative
+from training.models import batch, build
 
 import rewriter
 
@@ -116,3 +118,27 @@ def test_reported(name):
 def test_another_function_is_none():
     report = trained(lambda x, weight, target: Doubled.apply(x, weight) + 0 * target.sum())
     assert not report.kept and "linear_cross_entropy" not in report.coverage()
+
+
+def test_a_forward_put_over_ours_is_noted():
+    """As TRL does: its forward calls the body and a fused head of its own."""
+    model = build("Llama", use_cache=False)
+    eager = copy.deepcopy(model)
+    losses = []
+    for m in (rewriter.optimize(model), eager):
+
+        def fused_forward(self, input_ids, labels, attention_mask=None):
+            hidden = self.base_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state[:, :-1]
+            return FusedHead.apply(hidden.flatten(0, 1), self.lm_head.weight, labels[:, 1:].flatten(), False)
+
+        m.forward = types.MethodType(fused_forward, m)
+        inputs = batch((2, 16))
+        loss = m(**{**inputs, "labels": inputs["input_ids"]})
+        loss.backward()
+        losses.append(loss)
+    assert relative(*losses) <= 1e-5
+    assert_same_gradients(model, eager)
+    report = rewriter.report(model)
+    assert len(report.sites("rms_norm")) == 5
+    assert any("fused_forward took the place of the outermost forward" in note for note in report.notes)
+    assert rewriter.report(model).notes == report.notes

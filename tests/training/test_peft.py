@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from training.common import TOLERANCE, assert_same_gradients, relative, step
 from training.models import batch, build, with_lora
 
@@ -104,3 +104,18 @@ def test_other_kinds(options):
     eager = copy.deepcopy(model)
     assert_trains_like(rewriter.optimize(model), eager)
     assert rewriter.report(model).sites("rms_norm")
+
+
+@pytest.mark.parametrize("patterns", [None, ["lora"]], ids=["default", "lora"])
+def test_adapter_on_the_head(patterns):
+    """Its logits are a sum, which the loss isn't fused with: they are there, and every gradient is eager's."""
+    model = build("Llama", use_cache=False)
+    config = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
+    model = get_peft_model(model, config).train()
+    randomise(model, "default")
+    eager = copy.deepcopy(model)
+    rewriter.optimize(model, patterns=patterns)
+    assert_trains_like(model, eager)
+    assert rewriter.report(model).sites("cross_entropy") and not rewriter.report(model).sites("linear_cross_entropy")
+    logits = [m(**BATCH).logits for m in (model, eager)]
+    assert relative(*logits) <= TOLERANCE

@@ -17,7 +17,7 @@ from torch import fx
 
 from rewriter.execute import execute, resolve, with_checkpoints
 from rewriter.lazy import LazyTensor, lazy_rows
-from rewriter.lazy_rows import Head, Rows, Sources
+from rewriter.lazy_rows import Head, Rows
 from rewriter.library import select
 from rewriter.log import log
 from rewriter.lower import Lowering
@@ -27,6 +27,7 @@ from rewriter.own_loss import CASTS, PRODUCTS, SCALINGS, TURNS
 from rewriter.replace import LazyOutput
 from rewriter.rewrite import Result, rewrite
 from rewriter.session import Options, RewriteError, Session
+from rewriter.sources import Sources
 
 
 class Backend:

@@ -19,7 +19,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils import _pytree as pytree
 
 from rewriter.lazy_history import History, join, node_of, outside
-from rewriter.lazy_rows import READABLE, Rows, Sources, may_share, read, version_of
+from rewriter.lazy_rows import READABLE, Rows, may_share, read
+from rewriter.sources import Sources, version_of
 
 _METADATA = {
     torch.Tensor.shape.__get__,
@@ -45,6 +46,8 @@ _REQUIRES_GRAD, _IS_LEAF = torch.Tensor.requires_grad.__get__, torch.Tensor.is_l
 _WRITTEN = "a result on demand was written in place through a view of it: use it once where gradients are recorded"
 # These look at, or hook into, a gradient that was never computed: the loss did not go through this tensor.
 _GRADIENT = {torch.Tensor.retain_grad, torch.Tensor.register_hook, torch.Tensor.register_post_accumulate_grad_hook}
+# These give such a gradient to tensors that are named: `inputs`, the second argument of `grad`.
+_ENGINE = {torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward}
 
 
 class LazyTensor(torch.Tensor):
@@ -77,7 +80,7 @@ class LazyTensor(torch.Tensor):
         else:
             self = make()
         self._compute, self._sources, self._value, self._needs_grad = compute, sources, None, needs_grad
-        self._rows, self._view, self._hooks = rows, view, hooks
+        self._rows, self._view, self._hooks = rows, view, hooks or not needs_grad
         self._node, self._version_joined = node_of(self), 0
         _remember(self)
         return self
@@ -125,6 +128,15 @@ class LazyTensor(torch.Tensor):
         if self._view is not None:
             self._view.source.used()
 
+    def _check_hooks(self, func: Callable) -> None:
+        """Refuse to give a gradient of which a part went by another way."""
+        if not self._hooks:
+            raise RuntimeError(
+                f"{func.__name__} on a result that a loss was not computed from: the head and the loss were fused. Ask "
+                "for it before the loss is computed, or keep them apart with "
+                "rewriter.optimize(model, exclude=('linear_cross_entropy',))."
+            )
+
     def is_there(self) -> bool:
         """Whether its values were computed, or those of what it is a view of."""
         return self._value is not None or (self._view is not None and self._view.source.is_there())
@@ -140,17 +152,16 @@ class LazyTensor(torch.Tensor):
         lazy = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, LazyTensor)]
         for tensor in lazy:
             tensor._follow()
+        if func in _ENGINE:
+            for tensor in _differentiated(func, args, kwargs):
+                tensor._check_hooks(func)
         if isinstance(self, LazyTensor):
             if func == _REQUIRES_GRAD and self._value is None:
                 return self._needs_grad
             if func == _IS_LEAF and self._value is None:
                 return not self._needs_grad
-            if func in _GRADIENT and not self._hooks and self._value is None:
-                raise RuntimeError(
-                    f"{func.__name__} on a result that a loss was not computed from: the head and the loss were "
-                    "fused. Ask for it before the loss is computed, or keep them apart with "
-                    "rewriter.optimize(model, exclude=('linear_cross_entropy',))."
-                )
+            if func in _GRADIENT:
+                self._check_hooks(func)
             result = _by_rows(self, func, args[1:], kwargs)
             if result is NotImplemented:
                 result = _follower(self, func, args[1:], kwargs)
@@ -193,6 +204,12 @@ def _view(source: LazyTensor, function: Callable, args: tuple, kwargs: dict) -> 
     if not torch._C._is_alias_of(part, whole):
         return None
     return _View(source, function, args, kwargs, torch.is_grad_enabled(), part.stride())
+
+
+def _differentiated(func: Callable, args: tuple, kwargs: dict) -> list[LazyTensor]:
+    """Results on demand that a backward pass is asked for the gradients of."""
+    inputs = kwargs.get("inputs", args[1] if func is torch.autograd.grad and len(args) > 1 else None)
+    return [t for t in pytree.tree_leaves(inputs) if isinstance(t, LazyTensor)]
 
 
 def lazy_rows(rows: Rows, view: _View | None = None, hooks: bool = False) -> LazyTensor:
@@ -238,9 +255,14 @@ def _by_rows(source: LazyTensor, func: Callable, args: tuple, kwargs: dict) -> A
     if result is source._rows:
         return source
     hooks = source._hooks
-    if result is not NotImplemented and view is None and torch.is_grad_enabled():
+    if view is None and _has_gradient(result):
         source.used()
     return lazy_rows(result, view, hooks) if isinstance(result, Rows) else result
+
+
+def _has_gradient(result: Any) -> bool:
+    leaves = pytree.tree_leaves(result)
+    return any(r.needs_grad if isinstance(r, Rows) else getattr(r, "requires_grad", False) for r in leaves)
 
 
 def _follower(source: LazyTensor, func: Callable, args: tuple, kwargs: dict) -> Any:
@@ -266,7 +288,7 @@ def _follower(source: LazyTensor, func: Callable, args: tuple, kwargs: dict) -> 
         return func(sources[0], *args)
 
     view, hooks = _view(source, func, args, kwargs), source._hooks
-    if view is None and torch.is_grad_enabled():
+    if view is None and needs_grad:
         source.used()
     return LazyTensor(
         compute, Sources([source]), tuple(source.shape), dtype, source.device, needs_grad, None, view, hooks

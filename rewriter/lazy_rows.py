@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from rewriter.kernels.linear_cross_entropy import linear_cross_entropy
+from rewriter.sources import Sources
 
 ELEMENTS = 1 << 26  # of some rows at a time
 
@@ -38,42 +39,6 @@ class Head:
     scale: float
     softcap: float | None
     transposed: bool = False
-
-
-class Changed(RuntimeError):
-    """A source was written in place since."""
-
-
-class Sources:
-    """What results on demand are computed from; several may share it.
-
-    They stay what they were when an optimizer changes a weight: then they keep a copy of their own.
-    """
-
-    def __init__(self, tensors: list[torch.Tensor]):
-        self.tensors = list(tensors)
-        self._versions = [version_of(t) for t in tensors]
-
-    def checked(self) -> list[torch.Tensor]:
-        """The tensors; raises Changed if one was written in place."""
-        if [version_of(t) for t in self.tensors] != self._versions:
-            raise Changed(
-                "this result is computed on demand, and what it is computed from was changed in place since the model "
-                "returned it: read it before"
-            )
-        return self.tensors
-
-    def keep_from(self, parameters: set[int]) -> None:
-        """Copy those among these parameters (by id), which are about to be written in place."""
-        for i, tensor in enumerate(self.tensors):
-            if id(tensor) in parameters:
-                with torch.enable_grad():  # the copy's gradient is still the parameter's
-                    self.tensors[i] = tensor.clone()
-                self._versions[i] = version_of(self.tensors[i])
-
-
-def version_of(value: Any) -> int:
-    return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else 0
 
 
 def _detached(value: Any) -> Any:

@@ -21,7 +21,7 @@ from fuzz.programs import (
 )
 
 import rewriter
-from rewriter.lazy_rows import Changed
+from rewriter.sources import Changed
 
 FLOOR = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 JITTERED = 12

@@ -352,6 +352,72 @@ def test_a_hook_that_would_miss_the_loss_is_refused():
     LOSSES["shifted"](z)
     with pytest.raises(RuntimeError, match="before the loss"):
         z.register_hook(lambda g: g)
+    z.sin()  # all of it is there now, and the loss still went another way
+    for ask in (lambda: z.register_hook(lambda g: g), z.retain_grad):
+        with pytest.raises(RuntimeError, match="before the loss"):
+            ask()
+
+
+def test_a_gradient_that_would_miss_the_loss_is_refused():
+    """Asked for by name, it would be None, or a part of it, with nothing said."""
+    for ask in (
+        lambda loss, z: torch.autograd.grad(loss, [z], allow_unused=True),
+        lambda loss, z: torch.autograd.grad(outputs=loss, inputs=z),
+        lambda loss, z: loss.backward(inputs=[z]),
+    ):
+        z = pair()[0](IDS)
+        with pytest.raises(RuntimeError, match="before the loss"):
+            ask(LOSSES["shifted"](z), z)
+
+
+def test_what_has_no_gradient_keeps_nothing_from_the_loss():
+    model, eager = pair()
+    for m in (model, eager):
+        z = m(IDS)
+        z.argmax(-1), z.detach().logsumexp(-1)
+        z.register_hook(lambda g: g * 2)
+        LOSSES["shifted"](z).backward()
+    assert_equal_gradients(model, eager)
+
+
+def _write(weight):
+    with torch.no_grad():
+        weight.mul_(2)
+
+
+def _write_and_step(weight):
+    _write(weight)
+    weight.grad = torch.ones_like(weight)
+    torch.optim.SGD([weight], lr=0.5).step()
+
+
+def _exchange(weight):
+    weight.data = weight.data * 2
+
+
+def _give_back(weight):
+    weight.untyped_storage().resize_(0)
+
+
+@pytest.mark.parametrize("change", [_write, _write_and_step, _exchange, _give_back])
+def test_a_weight_that_is_another_by_then_is_an_error(change):
+    model, _ = pair()
+    z = model(IDS)
+    change(model.head.weight)
+    for read in (lambda: z.argmax(-1), lambda: LOSSES["shifted"](z), lambda: z.sin()):
+        with pytest.raises(RuntimeError, match="changed in place"):
+            read()
+
+
+@pytest.mark.parametrize("loss", [LOSSES["shifted"], USES["softmax"]], ids=["fused", "whole"])
+def test_a_head_that_is_thawed_after_the_forward(loss):
+    model, eager = pair(frozen=True)
+    for m in (model, eager):
+        z = m(IDS)
+        m.head.weight.requires_grad_(True)
+        loss(z).backward()
+    assert model.head.weight.grad is None
+    assert_equal_gradients(model, eager)
 
 
 def test_autocast():

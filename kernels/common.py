@@ -54,6 +54,18 @@ def has_tensor_memory_accelerator(x):
     return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
 
 
+def has_aligned_rows(tensor):
+    """Whether the copy engine can read a 16-bit matrix: rows are dense and begin at multiples of 16 bytes."""
+    return (tensor.stride(1), tensor.stride(0) % 8, tensor.data_ptr() % 16) == (1, 0, 0)
+
+
+def tiles(tensor, *shape):
+    """A matrix as a kernel loads and stores it, by tiles of this shape; 0 is loaded beyond its edges."""
+    from triton.tools.tensor_descriptor import TensorDescriptor  # here, as this module is imported without Triton
+
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(shape))
+
+
 def register(schema, implementation, fake):
     """Define `rewriter::<schema>` for CPU and CUDA with a shape function; return the callable overload."""
     name = schema.split("(")[0]
@@ -134,6 +146,12 @@ def rows(x, order):
         levels = collapse(x.shape[:-1], x.stride()[:-1])
     (_, outer_stride), (inner, inner_stride) = [[1, 0]] * (2 - len(levels)) + levels
     return x, inner, outer_stride, inner_stride
+
+
+@jit
+def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The left and right half of a tile's columns: a whole one does not fit beside the operands of a product."""
+    return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
 
 
 @jit

@@ -344,27 +344,25 @@ def _scale(x, factor, dtype):
     """x * factor (a 0-d tensor) computed in factor's dtype; the kernel makes no copy of x in that dtype."""
     if not use_triton(x):
         return (x.to(factor.dtype) * factor).to(dtype)
-    y = _scale_fake(x, factor, dtype)
-    BLOCK = 4096
-    with on_device(x):
-        if x.numel():
-            _scale_kernel[(ceil_div(x.numel(), BLOCK),)](
-                x.contiguous(), factor, y, x.numel(), IN_PLACE=False, BLOCK=BLOCK, num_warps=8
-            )
-    return y
+    return _scale_into(_scale_fake(x, factor, dtype), x.contiguous(), factor)
 
 
 def scale_in_place(x, factor):
     """x *= factor (a 0-d tensor), without the cost of it if the factor is 1. x: contiguous."""
-    if not use_triton(x):
+    if use_triton(x):
+        _scale_into(x, x, factor)
+    else:
         x.mul_(factor)
-        return
+
+
+def _scale_into(y, x, factor):
     BLOCK = 4096
-    with on_device(x):
-        if x.numel():
+    if x.numel():
+        with on_device(x):
             _scale_kernel[(ceil_div(x.numel(), BLOCK),)](
-                x, factor, x, x.numel(), IN_PLACE=True, BLOCK=BLOCK, num_warps=8
+                x, factor, y, x.numel(), IN_PLACE=y is x, BLOCK=BLOCK, num_warps=8
             )
+    return y
 
 
 def _scale_fake(x, factor, dtype):

@@ -16,7 +16,18 @@ the row is done again, as logits and by the row kernel of cross_entropy.py. Thos
 
 import torch
 
-from .common import ceil_div, has_tensor_memory_accelerator, jit, next_power_of_2, processors, tanh, tl
+from .common import (
+    ceil_div,
+    halves,
+    has_aligned_rows,
+    has_tensor_memory_accelerator,
+    jit,
+    next_power_of_2,
+    processors,
+    tanh,
+    tiles,
+    tl,
+)
 from .cross_entropy import row_losses
 
 TILE = (128, 256, 64)  # of all three products; with 8 warps and 3 stages 0.94 to 1.0 of the library's speed (NOTES)
@@ -31,7 +42,7 @@ def suits(x, weight, dtype, label_smoothing, need_dbias):
         and has_tensor_memory_accelerator(x)
         and len(weight) >= 4096
         and weight.shape[1] % 8 == 0
-        and (weight.stride(1), weight.stride(0) % 8, weight.data_ptr() % 16) == (1, 0, 0)
+        and has_aligned_rows(weight)
         and not label_smoothing
         and not need_dbias
     )
@@ -46,8 +57,6 @@ def chunks(
     x: [rows, D]. weight: [V, D] in bfloat16. buffer: [chunk, V] in bfloat16. dweight: bfloat16 or float32; of a
     bfloat16 one, the sum over chunks is rounded once a chunk. upstream: [rows] or None.
     """
-    from triton.tools.tensor_descriptor import TensorDescriptor  # here, as this module is imported without Triton
-
     (rows, width), (chunk, classes) = x.shape, buffer.shape
     BM, BN, BK = TILE
     x = x if x.stride(1) == 1 else x.contiguous()
@@ -62,9 +71,6 @@ def chunks(
     products = x.new_empty(splits, chunk, width, dtype=torch.float32) if dx is not None else None
     in_order = torch.zeros_like(losses)
     again = torch.zeros(ceil_div(rows, chunk), chunk + 1, dtype=torch.int32, device=x.device)  # last: whether any
-
-    def tiles(tensor, *shape):
-        return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(shape))
 
     e_rows, e_columns, e_halves = tiles(buffer, BM, BK), tiles(buffer, BK, BM), tiles(buffer, BM, BN // 2)
     x_rows, x_columns = tiles(gathered, BM, BK), tiles(gathered, BK, BN)
@@ -116,11 +122,11 @@ def chunks(
 
 def _splits(rows, width, programs):
     """Into how many parts the long sum of dX is cut so that its tiles keep all multiprocessors busy to the end."""
-    tiles = ceil_div(rows, TILE[0]) * ceil_div(width, TILE[1])
+    number = ceil_div(rows, TILE[0]) * ceil_div(width, TILE[1])
     most = max(1, min(16, MOST_PARTS // (4 * rows * width)))
 
     def waste(splits):
-        return ceil_div(tiles * splits, programs) * programs / (tiles * splits) + splits / 250  # each is written, too
+        return ceil_div(number * splits, programs) * programs / (number * splits) + splits / 250  # each is written, too
 
     return min(range(1, most + 1), key=waste)
 
@@ -173,12 +179,6 @@ def _rows_here(COUNT, start, chunk):
 
 
 @jit
-def _halves(tile, BM: tl.constexpr, BN: tl.constexpr):
-    """The left and right half of a tile's columns: a whole one does not fit beside the operands."""
-    return tl.split(tl.permute(tl.reshape(tile, (BM, 2, BN // 2)), (0, 2, 1)))
-
-
-@jit
 def _write_exponentials(
     logits, e_desc, BIAS, SHIFT, CLASS, SUMS, AT_CLASS, AGAIN, row_start, column_start, part, chunk, classes,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -226,7 +226,7 @@ def _exponentials_kernel(
         acc = tl.zeros([BM, BN], tl.float32)
         for k in range(0, width, BK):
             acc = tl.dot(x_desc.load([row_start, k]), w_desc.load([column_start, k]).T, acc)
-        left, right = _halves(acc, BM, BN)
+        left, right = halves(acc, BM, BN)
         part = tile // down * 2
         _write_exponentials(
             left, e_desc, BIAS, SHIFT, CLASS, SUMS, AT_CLASS, AGAIN, row_start, column_start, part, chunk, classes,
@@ -301,10 +301,10 @@ def _input_gradient_kernel(
     """PRODUCTS [SPLITS, chunk, width]: parts of e W, each over some of the classes, to be added up."""
     count = _rows_here(COUNT, start, chunk)
     across = tl.cdiv(width, BN)
-    tiles = tl.cdiv(count, BM) * across
+    number = tl.cdiv(count, BM) * across
     steps = tl.cdiv(tl.cdiv(classes, BK), SPLITS)
-    for unit in tl.range(tl.program_id(0), tiles * SPLITS, PROGRAMS):
-        split, tile = unit // tiles, unit % tiles
+    for unit in tl.range(tl.program_id(0), number * SPLITS, PROGRAMS):
+        split, tile = unit // number, unit % number
         row_start, column_start = tile // across * BM, tile % across * BN
         acc = tl.zeros([BM, BN], tl.float32)
         for step in range(split * steps, (split + 1) * steps):  # zeros behind the last class
@@ -349,18 +349,18 @@ def _weight_gradient_kernel(
     """d = e^T x, or with ADD d += e^T x; rows of x behind the last one are zeros. WIDE: written by quarters."""
     count = _rows_here(COUNT, start, chunk)
     across = tl.cdiv(width, BN)
-    tiles = tl.cdiv(classes, BM) * across
+    number = tl.cdiv(classes, BM) * across
     if ADD:
-        tiles = tl.where(count == 0, 0, tiles)
-    for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):
+        number = tl.where(count == 0, 0, number)
+    for tile in tl.range(tl.program_id(0), number, PROGRAMS, flatten=True):
         row_start, column_start = tile // across * BM, tile % across * BN
         acc = tl.zeros([BM, BN], tl.float32)
         for k in range(0, count, BK):
             acc = tl.dot(e_desc.load([k, row_start]).T, x_desc.load([k, column_start]), acc)
-        left, right = _halves(acc, BM, BN)
+        left, right = halves(acc, BM, BN)
         if WIDE:
-            first, second = _halves(left, BM, BN // 2)
-            third, fourth = _halves(right, BM, BN // 2)
+            first, second = halves(left, BM, BN // 2)
+            third, fourth = halves(right, BM, BN // 2)
             _write_sum(first, d_desc, row_start, column_start, ADD)
             _write_sum(second, d_desc, row_start, column_start + BN // 4, ADD)
             _write_sum(third, d_desc, row_start, column_start + BN // 2, ADD)

@@ -6,7 +6,7 @@ with z = x, or x after a dropout. The ranks are small: u = s z A^T is kept for b
 
     dx = sum_i dY_i W_i,  dz = sum_i s_i v_i A_i,  dA_i = s_i v_i^T z,  dB_i = dY_i^T u_i.
 
-What the branch adds is never a tensor of its own: it is in the sum before y is rounded, or added to y in place.
+Where y is large on Hopper, what the branch adds is never a tensor of its own: it is in the sum before y is rounded.
 Adapters in float32 beside bfloat16 weights keep float32's precision: a product of bfloat16 with float32 is three of
 bfloat16.
 """
@@ -151,28 +151,26 @@ def _plus_product(total, a, b):
 
 def _products(x, weights, biases, u, up, out):
     """The y_i [T, N_i] of x [T, D] and weights in one dtype, u and the B_i in another one that is as wide or wider."""
-    each = u.shape[1] // len(weights)
     # A second pass over y costs 560 / D of the product on an H100: much where D is small. A small y is not worth it.
     if x.is_cuda and x.dtype is u.dtype is out and x.shape[1] <= 6144 and sum(len(w) for w in weights) >= 4096:
         return _products_op(x, weights, biases, u, up)
-    outputs = []
+    return _products_apart(x, weights, biases, u, up, out)
+
+
+def _products_apart(x, weights, biases, u, up, out):
+    outputs, each = [], u.shape[1] // len(weights)
     for i, (w, bias, b) in enumerate(zip(weights, biases, up, strict=True)):
         y, branch = torch.nn.functional.linear(x, w, bias), u[:, i * each : i * each + b.shape[1]]
-        if u.dtype is not x.dtype:
-            y = y.to(torch.promote_types(y.dtype, u.dtype))
+        y = y.to(torch.promote_types(y.dtype, u.dtype))
         outputs.append(_plus_product(y, branch.to(y.dtype), b.to(y.dtype).t()).to(out))
     return outputs
 
 
 def _products_in_one(x, weights, biases, u, up):
-    if lora_triton.suits(x, weights, [b.shape[1] for b in up]):
-        with on_device(x):
-            return lora_triton.products(x, weights, biases, u, [b.contiguous() for b in up])
-    outputs, each = [], u.shape[1] // len(weights)
-    for i, (w, bias, b) in enumerate(zip(weights, biases, up, strict=True)):
-        y = torch.nn.functional.linear(x, w, bias)
-        outputs.append(y.addmm_(u[:, i * each : i * each + b.shape[1]], b.t()))
-    return outputs
+    if not lora_triton.suits(x, weights, [b.shape[1] for b in up]):
+        return _products_apart(x, weights, biases, u, up, x.dtype)
+    with on_device(x):
+        return lora_triton.products(x, weights, biases, u, [b.contiguous() for b in up])
 
 
 _products_op = register(

@@ -7,7 +7,16 @@ One launch for all of them, on Hopper: the tiles of one follow those of the othe
 
 import torch
 
-from .common import has_tensor_memory_accelerator, jit, next_power_of_2, processors, tl
+from .common import (
+    halves,
+    has_aligned_rows,
+    has_tensor_memory_accelerator,
+    jit,
+    next_power_of_2,
+    processors,
+    tiles,
+    tl,
+)
 
 TILE = (128, 256, 64)
 MOST_BRANCHES, MOST_RANK = 3, 64
@@ -20,7 +29,7 @@ def suits(x, weights, ranks):
         and x.dtype is torch.bfloat16
         and len(weights) <= MOST_BRANCHES
         and max(ranks) <= MOST_RANK
-        and all((t.stride(1), t.stride(0) % 8, t.data_ptr() % 16) == (1, 0, 0) for t in (x, *weights))
+        and all(has_aligned_rows(t) for t in (x, *weights))
         and all(len(w) % 8 == 0 for w in weights)
         and x.numel() > 0
     )
@@ -28,15 +37,10 @@ def suits(x, weights, ranks):
 
 def products(x, weights, biases, u, up):
     """The y_i of x [T, D], weights [N_i, D], u [T, branches * R] with a part for each branch, and up [N_i, R_i]."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
     BM, BN, BK = TILE
     rows, width = x.shape
     each = u.shape[1] // len(weights)
     outputs = [x.new_empty(rows, len(w)) for w in weights]
-
-    def tiles(tensor, *shape):
-        return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(shape))
 
     branches = []
     for w, y, b, bias in zip(weights, outputs, up, biases, strict=True):
@@ -78,7 +82,7 @@ def _branch(
         acc = tl.dot(u, b.T, acc)
         if BIAS is not None:
             acc += tl.load(BIAS + c, mask=c < outs, other=0.0).to(tl.float32)[None, :]
-        left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
+        left, right = halves(acc, BM, BN)
         y_desc.store([row_start, column_start], left.to(y_desc.dtype))
         y_desc.store([row_start, column_start + BN // 2], right.to(y_desc.dtype))
     return (first + PROGRAMS - down * across % PROGRAMS) % PROGRAMS

@@ -12,11 +12,14 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
+from rewriter.canonical.table import TRANSPARENT
 from rewriter.kernels.cross_entropy import cross_entropy as kernel
 from rewriter.pattern import Call, Match, Pattern, Reference
+from rewriter.shadow import Value, is_row_operator
 
 REDUCTIONS = ("none", "mean", "sum")  # ATen's order
 CLASSES = 10
+HEADS = ("linear", "matmul")
 NEVER = -(2**31)  # no target: spellings that ignore none
 TARGET, INDEX = torch.zeros(6, dtype=torch.int64), torch.zeros(6, 1, dtype=torch.int64)
 
@@ -173,10 +176,33 @@ class CrossEntropy(Pattern):
         kwargs = loss_options(match)
         weight = match["class_weight"] if "class_weight" in match.tensors else None
         arguments = (match["logits"], match["target"], weight)
-        return Call(fused_cross_entropy, arguments, {**kwargs, "loss": match.variant["loss"]}, loss_note(kwargs))
+        note = {**loss_note(kwargs), **_why_logits(match.tensors["logits"])}
+        return Call(fused_cross_entropy, arguments, {**kwargs, "loss": match.variant["loss"]}, note)
 
     def sample(self, match: Match, name: str, shapes, generator: torch.Generator) -> torch.Tensor | None:
         return loss_sample(match, name, shapes[name], shapes["logits"][-1], generator)
+
+
+def _why_logits(value: Value) -> dict:
+    """What makes the logits, where that is no linear head: why they are there at all.
+
+    An adapter on the head adds another product to its result; a head in 4 bits is an operator that is not PyTorch's.
+    """
+    while value.inputs and (value.op in (*TRANSPARENT, "opaque:getitem", "mul", "tanh") or is_row_operator(value)):
+        value = max(value.inputs, key=lambda v: v.meta.numel() if v.meta else 0)
+    if value.op in HEADS:
+        return {}
+    if value.op == "add" and any(_is_product(v) for v in value.inputs):
+        return {"logits": "kept: a sum of products"}
+    if value.op == "input":
+        return {"logits": "kept: they come into the graph"}
+    return {"logits": f"kept: made by {value.op.removeprefix('opaque:')}"}
+
+
+def _is_product(value: Value) -> bool:
+    while value.op in TRANSPARENT or value.op in ("mul", "dropout"):
+        value = value.inputs[0]
+    return value.op in HEADS
 
 
 def fused_cross_entropy(logits, target, weight, *, loss, **options):

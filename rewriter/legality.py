@@ -142,7 +142,25 @@ class Legality:
                 lazy.append(node)
             elif self.shadow.of[node].op not in _CHEAP and self.shadow.of[node].node is node:
                 raise Illegal(f"its intermediate result {node.name} is used again by {outside[0].name}", node)
+            elif (product := self._product_behind(node, inside - {*outputs, *free})) is not None:
+                raise Illegal(f"its intermediate result {product.name} is used again by {outside[0].name}", product)
         return tuple(lazy)
+
+    def _product_behind(self, node: fx.Node, inside: set[fx.Node]) -> fx.Node | None:
+        """The product with a weight that a view is a view of: kept for whoever reads the view, it is made twice."""
+        seen, todo = set(), [node]
+        while todo:
+            node = todo.pop()
+            if node not in inside or node in seen:
+                continue
+            seen.add(node)
+            value = self.shadow.of[node]
+            by_matrix = value.op == "matmul" and any(v.meta is not None and v.meta.ndim == 2 for v in value.inputs)
+            if value.op == "linear" or by_matrix:
+                return node
+            if value.op in _CHEAP:
+                todo.extend(node.all_input_nodes)
+        return None
 
     def _place(self, inputs: tuple[fx.Node, ...], outputs: tuple[fx.Node, ...]) -> fx.Node:
         users = [u for node in outputs for u in node.users] or [self.output]

@@ -2,6 +2,7 @@
 
 import copy
 
+import bitsandbytes
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -138,8 +139,7 @@ def in_four_bits(model, library=None):
 @pytest.mark.parametrize("lora", [False, True])
 def test_head_in_four_bits(lora, real):
     """Its operator is not PyTorch's: the logits are kept, and all gradients are as they were."""
-    library = pytest.importorskip("bitsandbytes") if real else None
-    model = in_four_bits(small(), library)
+    model = in_four_bits(small(), bitsandbytes if real else None)
     model = adapted(model, target_modules=HEAD if lora and real else ["q_proj"]) if lora else model
     *_, report = assert_trains_alike(model, STEPS)
     ((pattern, why),) = of_loss(report)

@@ -1,75 +1,71 @@
-"""Low-rank adapter of a frozen linear layer (Hu et al., "LoRA", 2021): `x W^T + b + scale * (z A^T) B^T`.
+"""Low-rank adapters of a frozen linear layer (Hu et al., "LoRA", 2021): `x W^T + b + scale * (z A^T) B^T`.
 
-z is x, or x after a dropout, which stays where it is. Layers that share their input become one call.
+z is x, or x after a dropout, which stays where it is. Several adapters of one layer that see the same z are one of the
+sum of their ranks. Layers that share their input become one call.
 """
 
 from __future__ import annotations
 
-import itertools
+import math
 from collections import defaultdict
-from collections.abc import Callable
 
 import torch
-from torch.nn import functional as F
 
 from rewriter.kernels.lora import lora as kernel
-from rewriter.pattern import Call, Match, Pattern, Reference
+from rewriter.pattern import Call, Match, Pattern
+from rewriter.patterns.lora_forms import FORMS
+from rewriter.patterns.lora_lookalikes import LOOKALIKES, why_not
+from rewriter.shadow import Value, is_row_operator
 
-X, WEIGHT, BIAS, DOWN, UP = (3, 8), (12, 8), (12,), (2, 8), (12, 2)
 MOST_BRANCHES, MOST_RANK = 3, 256
-
-# Where the number is that the branch is multiplied by.
-SCALINGS: dict[str, Callable] = {
-    "after": lambda up, down, z, scale: up(down(z)) * scale,
-    "between": lambda up, down, z, scale: up(down(z) * scale),
-    "before": lambda up, down, z, scale: up(down(z * scale)),
-    "none": lambda up, down, z, scale: up(down(z)),
-}
-
-
-def _reference(scaling: str, bias: bool, transposed: bool) -> Reference:
-    product = torch.matmul if transposed else F.linear
-
-    def adapted(x, z, weight, down, up, *rest, scale=1.0):
-        branch = SCALINGS[scaling](lambda u: product(u, up), lambda t: product(t, down), z, scale)
-        return F.linear(x, weight, *rest) + branch
-
-    a, b = (DOWN[::-1], UP[::-1]) if transposed else (DOWN, UP)
-    inputs = {"x": X, "z": X, "weight": WEIGHT, "down": a, "up": b, **({"bias": BIAS} if bias else {})}
-    consts = () if scaling == "none" else ("scale",)
-    return Reference(adapted, inputs, consts, {"transposed": transposed})
+ALONE = ("weight", "bias", "gain", "divisor", "middle", "up_bias")  # holes of which a layer has one
 
 
 class LoRA(Pattern):
     name = "lora"
     rounded_inputs = True
-    references = tuple(_reference(*form) for form in itertools.product(SCALINGS, (True, False), (False, True)))
+    row_operators = True
+    attempts = False
+    references = FORMS
+    lookalikes = LOOKALIKES
+
+    def why_not(self, match: Match) -> str | None:
+        return why_not(match)
 
     def check(self, match: Match) -> str | None:
-        x, weight, down, up = (match.meta(n) for n in ("x", "weight", "down", "up"))
+        weight, root = match.meta("weight"), match.root.meta
+        matrices = [match.meta(name) for name in _numbered(match, "down", "up")]
         if weight.requires_grad:
             return "the layer's own weight is trained"
-        if any(m.ndim != 2 or not all(m.static) for m in (weight, down, up)):
-            return f"weight and adapters have shapes {list(weight.shape)}, {list(down.shape)} and {list(up.shape)}"
-        if match.meta("z").shape != x.shape:
+        if any(m.ndim != 2 or not all(m.static) for m in (weight, *matrices)):
+            return f"weight and adapters have shapes {', '.join(str(list(m.shape)) for m in (weight, *matrices))}"
+        if any(v.op == "slice" for _, _, passed in match.passed for v in passed):
+            return "only a part of the rows goes through the adapter"
+        x, *seen = _inputs(match)
+        if len({z.number for z in seen}) > 1:
+            return "its adapters have inputs of their own, each after another dropout, say"
+        if any(z.meta.shape[:-1] != root.shape[:-1] for z in (x, *seen)):
             return "layer and adapter have inputs of different shapes"
-        rank = down.shape[-1 if match.variant["transposed"] else 0]
+        rank = sum(_ranks(match))
         if rank > MOST_RANK:
             return f"the rank of the adapter is {rank}"
         if len(set(match.rounded.values())) > 1:
             return "autocast rounds its operands to different dtypes"
-        if "bias" in match.tensors and match.meta("bias").shape != weight.shape[:1]:
+        if "bias" in match.tensors and match.meta("bias").shape != (_layout(match)[0],):
             return f"the bias has shape {list(match.meta('bias').shape)}"
-        if down.dtype is not up.dtype and not match.rounded:
-            return "the two matrices of the adapter differ in dtype"
+        if len({m.dtype for m in matrices}) > 1 and not match.rounded:
+            return "the matrices of the adapter differ in dtype"
+        for name, width in (("gain", root.shape[-1]), ("divisor", root.shape[-1]), ("middle", rank)):
+            if name in match.tensors and match.meta(name).shape not in ((), (1,), (width,)):
+                return f"the adapter is multiplied by a tensor of shape {list(match.meta(name).shape)}"
         return None
 
     def group(self, matches: list[Match]) -> list[tuple[Match, ...]]:
         groups = defaultdict(list)
         for match in matches:
-            dtypes = tuple(match.meta(n).dtype for n in ("weight", "down"))
-            form = match.variant["transposed"], match.root.meta.dtype, tuple(match.rounded.values())[:1]
-            groups[match.tensors["x"].number, match.tensors["z"].number, dtypes, form].append(match)
+            dtypes = tuple(match.meta(n).dtype for n in ("weight", _numbered(match, "down")[0]))
+            form = match.root.meta.dtype, match.root.meta.shape[:-1], tuple(match.rounded.values())[:1]
+            groups[tuple(v.number for v in _inputs(match)[:2]), dtypes, form].append(match)
         return [
             tuple(group[i : i + MOST_BRANCHES])
             for group in groups.values()
@@ -78,25 +74,91 @@ class LoRA(Pattern):
 
     def replacement(self, *matches: Match) -> Call:
         first = matches[0]
-        z = first["z"] if first.tensors["z"].number != first.tensors["x"].number else None
-        tensors = [tuple(m[name] for m in matches) for name in ("weight", "down", "up")]
-        biases = tuple(m["bias"] if "bias" in m.tensors else None for m in matches)
-        scales = tuple(m.consts.get("scale", 1.0) for m in matches)
+        x, z, *_ = _inputs(first)
         options = {
-            "scales": scales,
+            "scales": tuple(_scales(match) for match in matches),
+            "forms": tuple((_layout(match), match.variant["transposed"]) for match in matches),
             "matmul_dtype": next(iter(first.rounded.values()), None),
             "out_dtype": first.root.meta.dtype,
-            "transposed": first.variant["transposed"],
         }
-        rank = first.meta("down").shape[-1 if first.variant["transposed"] else 0]
-        note = {"layers": len(matches), "rank": rank, "scale": scales[0]}
-        return Call(adapted if len(matches) > 1 else adapted_one, (first["x"], z, *tensors, biases), options, note)
+        note = {"layers": len(matches), "rank": sum(_ranks(first)), "scale": options["scales"][0][0]}
+        if len(_ranks(first)) > 1:
+            note["adapters"] = len(_ranks(first))
+        if {"gain", "divisor", "middle"} & first.tensors.keys():
+            note["factors"] = "tensors"
+        function = adapted if len(matches) > 1 else adapted_one
+        return Call(
+            function, (x.node, None if z.number == x.number else z.node, tuple(map(_tensors, matches))), options, note
+        )
 
 
-def adapted(x, z, weights, down, up, biases, *, scales, matmul_dtype, out_dtype, transposed):
-    if transposed:
-        down, up = [a.t() for a in down], [b.t() for b in up]
-    return kernel(x, weights, biases, down, up, scales, z=z, matmul_dtype=matmul_dtype, out_dtype=out_dtype)
+def _numbered(match: Match, *names: str) -> list[str]:
+    """The holes of these names, one for each adapter."""
+    return [hole for name in names for hole in match.reference.inputs if hole.rstrip("0123456789") == name]
+
+
+def _inputs(match: Match) -> list[Value]:
+    """What the layer sees, and what each adapter does; as it was before its rows were regrouped, where their sum is."""
+    inputs = [match.tensors[name] for name in ("x", *_numbered(match, "z"))]
+    for i, value in enumerate(inputs):
+        while value.meta.shape[:-1] != match.root.meta.shape[:-1] and value.op == "reshape" and is_row_operator(value):
+            value = value.inputs[0]
+        inputs[i] = value
+    return inputs if len(inputs) > 1 else inputs * 2
+
+
+def _ranks(match: Match) -> list[int]:
+    return [match.meta(name).shape[-1 if match.variant["transposed"] else 0] for name in _numbered(match, "down")]
+
+
+def _scales(match: Match) -> tuple[float, ...]:
+    places = ("before", "between", "after")
+    return tuple(math.prod(match.consts.get(f"{p}{i}", 1.0) for p in places) for i in range(len(_ranks(match))))
+
+
+def _layout(match: Match) -> tuple[int, bool]:
+    """How many features the layer gives, and whether they are the columns of its weight."""
+    columns = match.variant["by_columns"]
+    return match.meta("weight").shape[1 if columns else 0], columns
+
+
+def _tensors(match: Match) -> dict:
+    given = {name: match[name] for name in ALONE if name in match.tensors}
+    return given | {name: tuple(match[hole] for hole in _numbered(match, name)) for name in ("down", "up")}
+
+
+def adapted(x, z, layers, *, scales, forms, matmul_dtype, out_dtype):
+    weights, biases, downs, ups, factors = [], [], [], [], []
+    for layer, own, ((_, by_columns), transposed) in zip(layers, scales, forms, strict=True):
+        weights.append(layer["weight"].t() if by_columns else layer["weight"])
+        down, up = layer["down"], layer["up"]
+        if transposed:
+            down, up = [a.t() for a in down], [b.t() for b in up]
+        down, up, factor = _as_one(down, up, own)
+        if "middle" in layer:
+            down = (down * layer["middle"].unsqueeze(-1)).to(down.dtype)
+        if "gain" in layer:
+            up = (up * layer["gain"].unsqueeze(-1)).to(up.dtype)
+        if "divisor" in layer:
+            up = (up / layer["divisor"].unsqueeze(-1)).to(up.dtype)
+        bias = layer.get("bias")
+        if "up_bias" in layer:
+            added = layer["up_bias"] * factor
+            bias = added if bias is None else bias + added
+        biases.append(bias)
+        downs.append(down)
+        ups.append(up)
+        factors.append(factor)
+    return kernel(x, weights, biases, downs, ups, factors, z=z, matmul_dtype=matmul_dtype, out_dtype=out_dtype)
+
+
+def _as_one(down, up, scales):
+    """One adapter for several of the same input, and its scale."""
+    if len(down) == 1:
+        return down[0], up[0], scales[0]
+    largest = max(scales, key=abs) or 1.0
+    down = [a if s == largest else (a * (s / largest)).to(a.dtype) for a, s in zip(down, scales, strict=True)]
+    return torch.cat(down), torch.cat(list(up), 1), largest
 
 
 def adapted_one(*tensors, **options):

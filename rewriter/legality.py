@@ -98,7 +98,8 @@ class Legality:
         self._check_draws(covered, before)
         check_fake(call, inputs, outputs, self._fakes)
         bound = {v.node for m in matches for v in m.bound.values()} - {None}
-        work = {node for node in covered if self.shadow.of[node].op not in _CHEAP} - _made_of_sizes(covered)
+        values = {node: self.shadow.of[node] for node in covered}
+        work = {n for n, v in values.items() if v.op not in _CHEAP and v.node is n} - _made_of_sizes(covered)
         return Site(matches, call, inputs, outputs, covered, lazy, before, frozenset(bound | work))
 
     def _covered(self, inputs: tuple[fx.Node, ...], outputs: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:

@@ -77,7 +77,9 @@ class Lowering:
             if inode.op == "placeholder":
                 value = next(operands)
                 if isinstance(value, _Entry) and inode.users:
-                    value = graph.call_function(operator.getitem, (value.whole, value.index))
+                    entry, value = value, graph.call_function(operator.getitem, (value.whole, value.index))
+                    set_example(value, example(entry.whole)[entry.index])
+                    value.meta["ambient"] = ambient()
                 local[inode] = value
             elif inode.op == "output":
                 result = pytree.tree_map_only(fx.Node, lambda n: local[n], inode.args[0])

@@ -44,14 +44,22 @@ def find(shadow: Shadow, pattern: Pattern) -> tuple[list[Match], list[Miss]]:
         for miss in missed:
             if miss.anchor not in misses or miss.progress > misses[miss.anchor].progress:
                 misses[miss.anchor] = miss
+    if not pattern.attempts:
+        return matches, []
     return matches, [m for m in misses.values() if m.anchor not in matched and m.at not in matched]
+
+
+def find_lookalikes(shadow: Shadow, pattern: Pattern) -> Iterator[Match]:
+    """The matches of what only looks like a pattern."""
+    for reference in pattern.lookalikes:
+        yield from _find_reference(shadow, pattern, reference)[0]
 
 
 def _find_reference(shadow: Shadow, pattern: Pattern, reference: Reference) -> tuple[list[Match], list[Miss]]:
     if not reference.possible(shadow):
         return [], []
     traced = reference.traced
-    counts = {op: len(shadow.by_op[op.op]) for op in traced.operators if op.op not in TRANSPARENT}
+    counts = {op: len(shadow.by_op[op.op]) for op in traced.needed}
     if not counts:
         return [], []
     anchor = min(counts, key=lambda op: counts[op])
@@ -60,7 +68,7 @@ def _find_reference(shadow: Shadow, pattern: Pattern, reference: Reference) -> t
     for start in list(shadow.by_op[anchor.op]):
         best: Miss | None = None
         found: Value | None = None
-        for root in _climb(start, path, pattern):
+        for root in _climb(start, path, traced, pattern):
             if root in tried or (found is not None and not _is_variant(root, found)):
                 continue
             tried.add(root)
@@ -90,7 +98,7 @@ def _path_to_root(traced: TracedReference, anchor: Value) -> list[Value]:
     return path
 
 
-def _climb(start: Value, path: list[Value], pattern: Pattern) -> Iterator[Value]:
+def _climb(start: Value, path: list[Value], traced: TracedReference, pattern: Pattern) -> Iterator[Value]:
     level = [start]
     for step in path:
         above: dict[Value, None] = {}
@@ -101,7 +109,7 @@ def _climb(start: Value, path: list[Value], pattern: Pattern) -> Iterator[Value]
                     above[user] = None
                 elif _passed(user, pattern) is not None:
                     todo.append(user)
-        level = list(above)
+        level = [*above, *(level if step in traced.factors else ())]
     yield from level
 
 
@@ -153,6 +161,10 @@ class _Search:
                 yield ()
         else:
             yield from self._operator(want, have, consumer)
+            if want in self.traced.factors:
+                name, factor = self.traced.factors[want]
+                self.consts[name] = 1.0
+                yield ((factor, have, consumer),)
 
     def _operator(self, want: Value, have: Value, consumer: Value | None) -> Iterator[tuple]:
         seen = []
@@ -225,8 +237,9 @@ class _Search:
         return True
 
     def _fail(self, reason: str, at: Value) -> bool:
-        operators = sum(p not in self.traced.holes for p in self.bound)
-        progress = operators / max(len(self.traced.operators), 1)
+        left_out = (*self.traced.holes, *self.traced.factors)
+        operators = sum(p not in left_out for p in self.bound)
+        progress = operators / max(len(self.traced.operators) - len(self.traced.factors), 1)
         if progress > self.progress or self.at is None:
             self.progress, self.reason, self.at = progress, reason, at
         return False

@@ -39,6 +39,7 @@ class Reference:
     consts:  names of the float constants that are holes; fn takes each as a keyword
     variant: data about this spelling, found again as `match.variant`
     extends: a smaller reference whose operators are all in this one: in a graph without them it need not be traced
+    factors: those of `consts` that fn multiplies a tensor by, once each, and that are 1 where a model has none
     """
 
     fn: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
@@ -46,12 +47,13 @@ class Reference:
     consts: tuple[str, ...] = ()
     variant: Mapping[str, Any] = field(default_factory=dict)
     extends: Reference | None = None
+    factors: tuple[str, ...] = ()
 
     def possible(self, shadow: Shadow) -> bool:
         """Whether a graph has all the operators of this reference."""
         if self.extends is not None and not self.extends.possible(shadow):
             return False
-        return all(shadow.by_op.get(v.op) for v in self.traced.operators if v.op not in TRANSPARENT)
+        return all(shadow.by_op.get(v.op) for v in self.traced.needed)
 
     @cached_property
     def traced(self) -> TracedReference:
@@ -62,7 +64,8 @@ class Reference:
 class TracedReference:
     """The shadow of a reference: its root, its holes by value, and constant holes by their stand-in number.
 
-    others: what it returns besides the root
+    others:  what it returns besides the root
+    factors: products with a number that may be missing -> (that number's name, the other factor)
     """
 
     shadow: Shadow
@@ -71,6 +74,12 @@ class TracedReference:
     holes: dict[Value, str]
     consts: dict[float, str]
     operators: tuple[Value, ...]
+    factors: dict[Value, tuple[str, Value]]
+
+    @cached_property
+    def needed(self) -> tuple[Value, ...]:
+        """The operators that a graph must have for a match."""
+        return tuple(v for v in self.operators if v.op not in TRANSPARENT and v not in self.factors)
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,10 +165,14 @@ class Pattern:
     lazy:           an intermediate result may leave the graph as an output that is computed on demand
     rows:           of a lazy one, the hole of whose rows each makes a row of such a result: parts can be read then
     parts:          of a composite: the patterns that a match of it counts for as well
+    attempts:       a match that fails halfway is a near miss
+    lookalikes:     spellings that can't be replaced, but are near misses where `why_not` says so
     """
 
     name: str = ""
     references: tuple[Reference, ...] = ()
+    lookalikes: tuple[Reference, ...] = ()
+    attempts: bool = True
     rounded_inputs: bool = False
     row_operators: bool = False
     zeroing: bool = False
@@ -175,6 +188,10 @@ class Pattern:
 
     def check(self, match: Match) -> str | None:
         """A sentence that says why this match can't be replaced, or None."""
+        return None
+
+    def why_not(self, match: Match) -> str | None:
+        """A sentence that says why this match of a lookalike stays, or None where it is something else altogether."""
         return None
 
     def already(self, match: Match) -> str | None:
@@ -238,4 +255,10 @@ def _trace(reference: Reference) -> TracedReference:
             continue
         operators.append(value)
         todo.extend(value.inputs)
-    return TracedReference(shadow, root, tuple(others), holes, {v: k for k, v in stand_ins.items()}, tuple(operators))
+    consts = {v: k for k, v in stand_ins.items()}
+    factors = {}
+    for value in operators:
+        for number, other in (value.inputs, value.inputs[::-1]) if value.op == "mul" else ():
+            if number.op == "const" and consts.get(number.const) in reference.factors:
+                factors[value] = consts[number.const], other
+    return TracedReference(shadow, root, tuple(others), holes, consts, tuple(operators), factors)

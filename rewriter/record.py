@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 import weakref
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from rewriter.legality import Site
 from rewriter.paths import node_path, site_path
@@ -94,11 +95,11 @@ def misses_of(result: Result, base: str, modules: ModulePaths) -> list[NearMiss]
 def _rewrite(
     site: Site, proof: Verification | None, names: _Ordinals, base: str, whole: bool, modules: ModulePaths
 ) -> Rewrite:
-    path = site_path(site.outputs, site.covered, base, whole, modules.of)
+    places = dict.fromkeys(site_path(outputs, nodes, base, whole, modules.of) for outputs, nodes in _places(site))
     checks = tuple(CheckResult(c.what, c.dtype, c.old_error, c.new_error) for c in proof.checks) if proof else ()
     return Rewrite(
         site.pattern,
-        (names.name((*site.matches[0].pattern.parts, site.pattern)[0], path),),
+        tuple(names.name((*site.matches[0].pattern.parts, site.pattern)[0], path) for path in places),
         getattr(site.call.fn, "__name__", repr(site.call.fn)),
         dict(site.call.note),
         len(site.covered),
@@ -106,6 +107,16 @@ def _rewrite(
         bool(site.lazy),
         site.matches[0].pattern.parts,
     )
+
+
+def _places(site: Site) -> Iterator[tuple[tuple[fx.Node, ...], tuple[fx.Node, ...]]]:
+    """Results and operators of each match that one call serves: in one module they are one place, else several."""
+    if len(site.matches) == 1:
+        yield site.outputs, site.covered
+        return
+    for match in site.matches:
+        own = {value.node for value in match.bound.values()}
+        yield match.outputs, tuple(node for node in site.covered if node in own)
 
 
 def _miss(refusal: Refusal, base: str, modules: ModulePaths) -> NearMiss:

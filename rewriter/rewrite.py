@@ -14,7 +14,7 @@ from torch import fx
 from rewriter.foreign import fused_tails
 from rewriter.legality import Illegal, Legality, Site, written_nodes
 from rewriter.log import log
-from rewriter.matcher import find
+from rewriter.matcher import find, find_lookalikes
 from rewriter.meta import tensor_meta
 from rewriter.own_loss import Logits, find_logits
 from rewriter.pattern import Match, Pattern, is_narrowing
@@ -148,6 +148,10 @@ def choose_sites(
             site = _legal_site(legality, match, refused)
             if site is not None:
                 candidates.append(site)
+        for match in _guarded(lambda p=pattern: list(find_lookalikes(shadow, p)), pattern, refused) or ():
+            reason = _guarded(lambda m=match: m.pattern.why_not(m), pattern, refused, match.root)
+            if reason:
+                refused.setdefault((pattern.name, match.root), Refusal(pattern.name, reason, match.output))
     candidates = _without_greedy_composites(candidates)
     candidates.sort(key=lambda s: (-len(s.compute), -len(s.covered), legality.position[s.outputs[0]]))
     accepted: list[tuple[Site, Verification | None]] = []

@@ -192,8 +192,13 @@ def _pow(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
 def _add(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
     packet = getattr(node.target, "overloadpacket", node.target)
     left, right = (operand(shadow, a) for a in args[:2])
-    if left is None or right is None or (len(args) > 2 and args[2] != 1) or tensor_meta(node) is None:
+    if left is None or right is None or tensor_meta(node) is None:
         return None
+    alpha = args[2] if len(args) > 2 else 1
+    if alpha != 1:
+        if packet is not aten.add or not isinstance(alpha, int | float):
+            return None
+        right = product(shadow, None, right, shadow.const(float(alpha)))
     if packet is aten.rsub:
         left, right = right, left
     if packet in (aten.add, operator.add):

@@ -26,21 +26,18 @@ def _matmul(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
     return shadow.add("matmul", (left, right), (), node)
 
 
-@rule(aten.addmm)
-def _addmm(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
-    bias, left, right, beta, alpha = args[:5]
-    if (beta, alpha) != (1, 1) or right.op != "permute" or bias.meta is None or bias.meta.ndim != 1:
-        return None
-    return shadow.add("linear", (left, right.inputs[0], bias), (), node)
-
-
-@rule(aten.baddbmm)
-def _baddbmm(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
+@rule(aten.addmm, aten.baddbmm)
+def _sum_with_product(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
+    """beta * added + alpha * (left @ right)"""
     added, left, right, beta, alpha = args[:5]
-    if not all(isinstance(n, int | float) for n in (beta, alpha)):
+    if not all(isinstance(n, int | float) for n in (beta, alpha)) or added.meta is None:
         return None
+    by_weight = right.op == "permute" and right.inputs[0].meta is not None and right.inputs[0].meta.ndim == 2
+    if by_weight and (beta, alpha) == (1, 1) and added.meta.ndim == 1:
+        return shadow.add("linear", (left, right.inputs[0], added), (), node)
     meta = tensor_meta(node)
-    product = shadow.add("matmul", (left, right), meta=meta)
+    op, factors = ("linear", (left, right.inputs[0])) if by_weight else ("matmul", (left, right))
+    product = shadow.add(op, factors, meta=meta)
     if alpha != 1:
         product = shadow.add("mul", (product, shadow.const(float(alpha))), meta=meta)
     if beta == 0:

@@ -3,8 +3,10 @@
 import contextlib
 import functools
 
+import peft
 import pytest
 import torch
+import transformers
 from training.common import assert_trains_alike, near_truth
 from training.models import batch, build, with_lora
 
@@ -65,8 +67,48 @@ def test_float32_adapters_of_bfloat16_weights(context, asked):
     assert rewriter.report(model).coverage()["lora"][0] == 14
 
 
-def test_weight_decomposed_ones_stay_and_train():
-    model = with_lora(build("Llama", layers=1, use_cache=False), use_dora=True)
-    *_, report = assert_trains_alike(model, STEPS[:1], options=LORA)
-    assert not report.sites("lora")
-    assert any("weight-decomposed" in miss.reason for miss in report.near_misses if miss.pattern == "lora")
+KINDS = {
+    "biases": (peft.LoraConfig(r=4, lora_bias=True), "Qwen2", 3, ""),
+    "whole head": (peft.LoraConfig(r=4, modules_to_save=["lm_head"]), "Llama", 3, ""),
+    "vectors": (peft.VeraConfig(r=4), "Llama", 2, ""),
+    "adaptive ranks": (peft.AdaLoraConfig(init_r=4, target_r=2, total_step=9), "Llama", 3, ""),
+    "weight-decomposed": (peft.LoraConfig(r=4, use_dora=True, lora_dropout=0.1), "Llama", 0, "weight-decomposed"),
+    "no matrices": (peft.IA3Config(feedforward_modules=["down_proj"]), "Llama", 0, "no matrices to add"),
+    "embedding": (peft.LoraConfig(r=4), "Llama", 3, "one of an embedding"),
+    "columns": (peft.LoraConfig(r=4, lora_dropout=0.1, fan_in_fan_out=True), "GPT2", 4, ""),
+}
+TARGETS = {  # "vectors" has matrices that are of one width for all layers
+    "vectors": ["q_proj", "o_proj"],
+    "weight-decomposed": ["q_proj"],  # its code breaks the graph at each layer
+    "columns": ["c_attn", "c_proj", "c_fc"],
+    "embedding": ["q_proj", "v_proj", "down_proj", "embed_tokens"],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_peft(kind):
+    config, name, places, reason = KINDS[kind]
+    config.target_modules = TARGETS.get(kind, ["q_proj", "v_proj", "down_proj"])
+    model = peft.get_peft_model(gpt2() if name == "GPT2" else build(name, layers=1, use_cache=False), config)
+    fill(model)
+    *_, report = assert_trains_alike(model.train(), STEPS, options=LORA)
+    reasons = [miss.reason for miss in report.near_misses if miss.pattern == "lora"]
+    assert len(report.sites("lora")) == places
+    assert any(reason in why for why in reasons) if reason else not reasons
+
+
+def fill(model):
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "magnitude" not in name and "lm_head" not in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+
+
+def gpt2():
+    config = transformers.GPT2Config(
+        vocab_size=128, n_embd=64, n_layer=1, n_head=4, n_positions=64, use_cache=False, loss_type="ForCausalLM",
+        bos_token_id=1, eos_token_id=2, resid_pdrop=0, attn_pdrop=0, embd_pdrop=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.GPT2LMHeadModel(config)

@@ -6,6 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 from training.common import assert_trains_alike
 
+import rewriter
+
 D, N, R = 8, 12, 3
 
 
@@ -294,3 +296,11 @@ def test_no_word_about_other_sums_of_products():
 
     *_, report = assert_trains_alike(Parallel(), [(torch.randn(2, 4, D),)], options={"patterns": ["lora"]})
     assert not misses(report)
+
+
+def test_second_derivatives_are_refused_not_wrong():
+    model = rewriter.optimize(Written(FOUND["between"]), patterns=["lora"])
+    wanted = [model.a, model.b, model.first.weight]
+    gradients = torch.autograd.grad(model(torch.randn(2, 4, D)), wanted, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        sum(g.square().sum() for g in gradients).backward()

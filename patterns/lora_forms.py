@@ -119,7 +119,8 @@ def _multiplied_out(bias: bool, transposed: bool) -> Reference:
 BOTH = (False, True)
 FACTORS = (("gain",), ("middle",), ("gain", "middle"), ("divisor",))
 FORMS = (
-    *(_summed(*form) for form in itertools.product(range(1, MOST_ADAPTERS + 1), BOTH, BOTH, BOTH)),
+    *(_summed(*form) for form in itertools.product((1, 2), BOTH, BOTH, BOTH)),
+    *(_summed(count, bias, False, False) for count in range(3, MOST_ADAPTERS + 1) for bias in BOTH),
     *(_summed(count, bias, False, False, True) for count in (2, 3) for bias in BOTH),
     *(_with_factors(bias, names) for bias in BOTH for names in FACTORS),
     *(_with_own_bias(bias) for bias in BOTH),

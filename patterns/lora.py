@@ -136,11 +136,11 @@ def adapted(x, z, layers, *, scales, forms, matmul_dtype, out_dtype):
             down, up = [a.t() for a in down], [b.t() for b in up]
         down, up, factor = _as_one(down, up, own)
         if "middle" in layer:
-            down = (down * layer["middle"].unsqueeze(-1)).to(down.dtype)
+            down = (down * _by_rows(layer["middle"])).to(down.dtype)
         if "gain" in layer:
-            up = (up * layer["gain"].unsqueeze(-1)).to(up.dtype)
+            up = (up * _by_rows(layer["gain"])).to(up.dtype)
         if "divisor" in layer:
-            up = (up / layer["divisor"].unsqueeze(-1)).to(up.dtype)
+            up = (up / _by_rows(layer["divisor"])).to(up.dtype)
         bias = layer.get("bias")
         if "up_bias" in layer:
             added = layer["up_bias"] * factor
@@ -150,6 +150,10 @@ def adapted(x, z, layers, *, scales, forms, matmul_dtype, out_dtype):
         ups.append(up)
         factors.append(factor)
     return kernel(x, weights, biases, downs, ups, factors, z=z, matmul_dtype=matmul_dtype, out_dtype=out_dtype)
+
+
+def _by_rows(factor):
+    return factor.unsqueeze(-1) if factor.dim() else factor
 
 
 def _as_one(down, up, scales):

@@ -14,7 +14,7 @@ from rewriter.patterns.lora_forms import BIAS, DOWN, UP, WEIGHT, X, branch
 from rewriter.shadow import Value
 
 IDS = torch.zeros(3, dtype=torch.int64)
-NORMS = {"sqrt", "rsqrt"}
+NORMS, PRODUCTS = {"sqrt", "rsqrt"}, ("linear", "matmul")
 MOST_STEPS = 40  # looked back along what a factor is made of
 
 
@@ -32,6 +32,10 @@ def _around_something_with_bias(x, weight, bias, h, up, *, after):
 
 def _of_a_part(y, z, down, up, *, after):
     return y + branch(z, down, up, after=after)
+
+
+def _of_joined_parts(y, *parts, after):
+    return y + torch.cat(parts, -1) * after
 
 
 def _of_an_embedding(ids, weight, down, up, *, after):
@@ -60,11 +64,11 @@ def _narrow(match: Match) -> bool:
 
 def _between_matrices(match: Match) -> str | None:
     value, seen = match.tensors["h"], []
-    while value.op not in ("linear", "matmul") and value.inputs and len(seen) < 4:
+    while value.op not in PRODUCTS and value.inputs and len(seen) < 4:
         if value.op not in TRANSPARENT:
             seen.append(value.op.removeprefix("opaque:"))
         value = max(value.inputs, key=lambda v: v.meta.numel() if v.meta else 0)
-    if value.op not in ("linear", "matmul") or not seen or not _is_frozen(match) or not _narrow(match):
+    if value.op not in PRODUCTS or not seen or not _is_frozen(match) or not _narrow(match):
         return None
     return f"{seen[0]} stands between the two matrices of the adapter"
 
@@ -87,12 +91,22 @@ def _by_what(match: Match) -> str | None:
 
 def _what_it_is_added_to(match: Match) -> str | None:
     value = _plain(match.tensors["y"])
-    if value.op == "slice" and _plain(value.inputs[0]).op in ("linear", "matmul", "add"):
+    if value.op == "slice" and _plain(value.inputs[0]).op in (*PRODUCTS, "add"):
         return "the adapter is added to a part of what its layer gives"
     layers = [v for v in map(_plain, value.inputs) if v.op == "linear"] if value.op == "add" else []
     if len(layers) == 1 and not layers[0].inputs[1].meta.requires_grad:
         return "something else is added to what the layer gives before the adapter is"
     return None
+
+
+def _what_is_joined(match: Match) -> str | None:
+    layer = _plain(match.tensors["y"])
+    parts = [_plain(match.tensors[name]) for name in match.reference.inputs if name != "y"]
+    factors = [[v for v in part.inputs if v.op != "const"][0] if part.op == "mul" else part for part in parts]
+    of_two = any(f.op in PRODUCTS and _plain(f.inputs[0]).op in PRODUCTS for f in map(_plain, factors))
+    if not of_two or layer.op not in PRODUCTS or layer.inputs[1].meta.requires_grad:
+        return None
+    return "each adapter is added to a part of what its layer gives"
 
 
 def _plain(value: Value) -> Value:
@@ -122,6 +136,8 @@ _ROWS: tuple[tuple[Callable, dict, Callable[[Match], str | None]], ...] = (
     (_around_something, {"x": X, "weight": WEIGHT, "h": (3, 2), "up": UP}, _between_matrices),
     (_around_something_with_bias, {"x": X, "weight": WEIGHT, "bias": BIAS, "h": (3, 2), "up": UP}, _between_matrices),
     (_of_a_part, {"y": (3, 12), "z": X, "down": DOWN, "up": UP}, _what_it_is_added_to),
+    *((_of_joined_parts, {"y": (3, 12), **{f"part{i}": (3, 12 // count) for i in range(count)}}, _what_is_joined)
+      for count in (2, 3)),
     (_of_an_embedding, {"ids": IDS, "weight": (20, 12), "down": (20, 2), "up": UP},
      lambda m: "the adapter is one of an embedding, which is no product" if _is_frozen(m) else None),
     *((_of_a_convolution, _convolution(ndim, bias),

@@ -34,6 +34,13 @@ def _alias(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value:
     return args[0]
 
 
+@rule(aten.item)
+def _item(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
+    """A number that changes between calls comes into a graph as a tensor without dimensions."""
+    meta = args[0].meta
+    return args[0] if meta is not None and not meta.ndim and meta.dtype.is_floating_point else None
+
+
 @rule(aten.clone, aten.contiguous)
 def _copy(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value:
     return shadow.add("copy", (args[0],), (), node)

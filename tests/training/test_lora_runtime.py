@@ -77,6 +77,23 @@ def test_switched_to_and_fro(pair):
     assert up in rewriter.report(model).sites("lora")  # which only the second one has
 
 
+def test_scale_that_changes(pair):
+    """As a schedule does it: a number that is another one each time comes into the graph."""
+    model, _ = pair
+    for scale in (0.5, 3.0, 1.25, 0.1):
+        for m in pair:
+            for layer in m.modules():
+                if hasattr(layer, "lora_A"):
+                    layer.scaling["default"] = scale
+        assert_trains_like(*pair)
+    report = rewriter.report(model)
+    assert graphs_of_the_block(model) == 2
+    assert [r.details["factors"] for r in report.rewrites if "factors" in r.details] == [
+        "tensors"
+    ] * 2  # queries and values in one call
+    assert len(report.sites("lora")) == 3
+
+
 def test_two_at_once(pair):
     model, _ = pair
     for m in pair:

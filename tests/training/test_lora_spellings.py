@@ -206,6 +206,12 @@ def parts_of_packed(m, x):
     return (q + m.branch(x) * 0.5) * torch.sigmoid(k) + v
 
 
+def joined_parts(m, x):
+    first = m.branch(x)
+    y = F.linear(x, m.packed) + torch.cat((first, torch.zeros_like(first), m.second(x)), -1) * 0.5
+    return y[..., :N] + y[..., -N:]
+
+
 def without_gradient(m, x):
     with torch.no_grad():
         y = m.layer(x)
@@ -239,6 +245,7 @@ STAYS = {
     branch_used_again: "is used again by",
     base_written_later: "is used again by",
     parts_of_packed: "a part of what its layer gives",
+    joined_parts: "each adapter is added to a part",
     without_gradient: "grad mode or autocast changes",
     weight_decomposed: "weight-decomposed",
     of_embeddings: "one of an embedding",

@@ -45,7 +45,18 @@ class ModulePaths:
 
     def refresh(self) -> None:
         model = self._model()
-        self._known = {} if model is None else {id(m): name for name, m in model.named_modules()}
+        self._known = {}
+        if model is not None:
+            self._walk(model, "")
+
+    def _walk(self, module: nn.Module, path: str) -> None:
+        """As `named_modules`, but not by it: a module that swaps weights in its forward may put them back there."""
+        if id(module) in self._known:
+            return
+        self._known[id(module)] = path
+        for name, child in module._modules.items():
+            if child is not None:
+                self._walk(child, f"{path}.{name}" if path else name)
 
     def of(self, module_id: int) -> str | None:
         return self._known.get(module_id)

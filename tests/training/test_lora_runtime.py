@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from training.common import TOLERANCE, assert_same_gradients, relative, step
+from torch import nn
+from training.common import TOLERANCE, assert_same_gradients, assert_trains_alike, relative, step
 from training.models import batch, build
 
 import rewriter
@@ -258,3 +259,43 @@ def test_autocast_comes_and_goes(adapters):
             if old.grad is not None:
                 assert new.grad.dtype == old.grad.dtype and relative(new.grad, old.grad) <= 0.05, name
     assert len(rewriter.report(model).sites("lora")) == 3
+
+
+HOOKS = {
+    "changes what B gives": lambda layer, _: layer.lora_B["default"].register_forward_hook(lambda _, a, y: y * 1.5),
+    "changes what A sees": lambda layer, _: layer.lora_A["default"].register_forward_pre_hook(lambda _, a: a[0] / 2),
+    "changes the layer": lambda layer, _: layer.base_layer.register_forward_hook(lambda _, a, y: y + 1),
+    "reads what A gives": lambda layer, seen: layer.lora_A["default"].register_forward_hook(
+        lambda _, a, y: seen.append(y.detach().sum())
+    ),
+    "changes a gradient": lambda layer, _: layer.lora_A["default"].weight.register_hook(lambda g: g * 3),
+}
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_hooks_that_come_later(pair, hook):
+    seen = [], []
+    for m, own in zip(pair, seen, strict=True):
+        HOOKS[hook](m.base_model.model.model.layers[0].self_attn.q_proj, own)
+    assert_trains_like(*pair)
+    torch.testing.assert_close(*seen)
+    assert len(seen[0]) == hook.startswith("reads")
+
+
+class Attentive(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 5)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.last(self.attention(h, h, h)[0]).square().mean()
+
+
+def test_adapter_that_is_merged_for_each_forward():
+    """PEFT puts the weights back whenever the names of such a module's parts are asked for: nobody may, in between."""
+    model = get_peft_model(Attentive(), LoraConfig(r=2, target_modules=["attention"])).train()
+    fill(model)
+    assert_trains_alike(model, [(torch.randn(2, 4, 8),)] * 2, options={"patterns": ["lora"]})

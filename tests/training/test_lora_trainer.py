@@ -65,8 +65,7 @@ def test_trained_saved_and_loaded(tmp_path, options):
     assert len(moved) == 14
 
 
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_over_weights_in_four_bits(checkpointed):
+def test_over_weights_in_four_bits():
     """Whatever of it is fused, it trains as it does without."""
     model = base()
     for block in model.model.layers:
@@ -74,9 +73,8 @@ def test_over_weights_in_four_bits(checkpointed):
             for name, layer in list(parent.named_children()):
                 if isinstance(layer, torch.nn.Linear):
                     setattr(parent, name, in_four_bits(layer))
-    if checkpointed:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
     *_, report = assert_trains_alike(adapted(model).train(), LONG, options={"patterns": ["lora"]})
     assert report.sites("rms_norm") and not report.fallbacks
 

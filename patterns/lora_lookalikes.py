@@ -93,6 +93,10 @@ def _what_it_is_added_to(match: Match) -> str | None:
     value = _plain(match.tensors["y"])
     if value.op == "slice" and _plain(value.inputs[0]).op in (*PRODUCTS, "add"):
         return "the adapter is added to a part of what its layer gives"
+    while value.op == "opaque:getitem":
+        value = value.inputs[0]
+    if "autograd_function" in value.op or "::" in value.op:
+        return f"the layer's own product is made by {value.op.removeprefix('opaque:')}"
     layers = [v for v in map(_plain, value.inputs) if v.op == "linear"] if value.op == "add" else []
     if len(layers) == 1 and not layers[0].inputs[1].meta.requires_grad:
         return "something else is added to what the layer gives before the adapter is"

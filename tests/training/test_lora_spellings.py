@@ -224,6 +224,21 @@ def weight_decomposed(m, x):
     return m.layer(x) + ((norm - 1) * F.linear(x, m.layer.weight) + norm * m.branch(x) * 0.5)
 
 
+class Foreign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(weight)
+        return x @ weight.t()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy @ ctx.saved_tensors[0], None
+
+
+def of_a_foreign_product(m, x):
+    return Foreign.apply(x, m.other.weight) + m.branch(x) * 0.5
+
+
 def of_embeddings(m, x):
     ids = torch.arange(4, device=x.device) * 3
     return F.embedding(ids, m.table) + F.embedding(ids, m.tokens) @ m.b.T * 0.5 + m.other(x)
@@ -248,6 +263,7 @@ STAYS = {
     joined_parts: "each adapter is added to a part",
     without_gradient: "grad mode or autocast changes",
     weight_decomposed: "weight-decomposed",
+    of_a_foreign_product: "product is made by autograd_function_apply",
     of_embeddings: "one of an embedding",
     of_convolutions: "one of a convolution",
     of_high_rank: "the rank of the adapter is 300",

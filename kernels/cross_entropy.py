@@ -334,9 +334,8 @@ def _scale_kernel(X, FACTOR, Y, count, IN_PLACE: tl.constexpr, BLOCK: tl.constex
     if IN_PLACE:
         blocks = tl.where(factor == 1, 0, blocks)
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
-        start = block.to(tl.int64) * BLOCK
-        at = start + tl.arange(0, BLOCK)
-        if start + BLOCK <= count:  # without a mask loads and stores are wide
+        at = (tl.zeros([BLOCK], tl.int64) + block) * BLOCK + tl.arange(0, BLOCK)
+        if block < count // BLOCK:  # without a mask loads and stores are wide
             tl.store(Y + at, tl.load(X + at).to(factor.dtype) * factor)
         else:
             tl.store(Y + at, tl.load(X + at, mask=at < count).to(factor.dtype) * factor, mask=at < count)

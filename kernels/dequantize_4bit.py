@@ -52,7 +52,7 @@ class Packed4bit(NamedTuple):
     quant_type: str
     dtype: torch.dtype
 
-    requires_grad = False
+    requires_grad, static = False, (True, True)
 
     def tensors(self):
         """The first five fields: what changes in a graph, or is kept for backward."""
@@ -75,6 +75,23 @@ def dequantize_4bit(weight, dtype=None, after=None):
     packed, absmax, codes, nested_code, offset = weight.tensors()
     numbers = weight.nested_blocksize, list(weight.shape), weight.blocksize, weight.quant_type, dtype or weight.dtype
     return _dequantize_op(packed, absmax, codes, nested_code, offset, *numbers, after)
+
+
+def matrix(weight, dtype, after=None):
+    """A weight in `dtype`: a matrix, or a Packed4bit, which is unpacked (see `dequantize_4bit`)."""
+    return dequantize_4bit(weight, dtype, after) if isinstance(weight, Packed4bit) else weight.to(dtype)
+
+
+def to_save(weights):
+    """(tensors, rest) of matrices and Packed4bits, for an autograd.Function; `saved` puts them together again."""
+    packed = [isinstance(w, Packed4bit) for w in weights]
+    tensors = [t for w, is_packed in zip(weights, packed, strict=True) for t in (w.tensors() if is_packed else (w,))]
+    return tensors, [w.of([None] * 5) if is_packed else None for w, is_packed in zip(weights, packed, strict=True)]
+
+
+def saved(tensors, rest):
+    tensors = iter(tensors)
+    return [next(tensors) if w is None else w.of([next(tensors) for _ in range(5)]) for w in rest]
 
 
 def _check(weight):

@@ -9,7 +9,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .common import no_autocast, traceable
-from .dequantize_4bit import dequantize_4bit
+from .dequantize_4bit import dequantize_4bit, saved, to_save
 
 
 @traceable
@@ -28,8 +28,9 @@ def linear_4bit(x, weight, bias=None, *, out_dtype=None):
 class _Linear4bit(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, bias, weight, out_dtype):
-        ctx.x_dtype, ctx.bias_dtype, ctx.weight = x.dtype, None if bias is None else bias.dtype, weight.of([None] * 5)
-        ctx.save_for_backward(*weight.tensors())
+        ctx.x_dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
+        tensors, ctx.packed = to_save([weight])
+        ctx.save_for_backward(*tensors)
         with no_autocast(x):
             bias = bias if bias is None else bias.to(weight.dtype)
             y = torch.nn.functional.linear(x.to(weight.dtype), dequantize_4bit(weight), bias)
@@ -38,7 +39,7 @@ class _Linear4bit(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        weight = ctx.weight.of(ctx.saved_tensors)
+        (weight,) = saved(ctx.saved_tensors, ctx.packed)
         need_dx, need_bias, *_ = ctx.needs_input_grad
         dx = dbias = None
         with no_autocast(dy):

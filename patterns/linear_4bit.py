@@ -1,6 +1,7 @@
 """A frozen linear layer whose weight is in 4 bits: unpacked by one kernel, for forward and again for backward.
 
-The library's own operators, or an `autograd.Function` around them. What isn't in training keeps those.
+The model calls the library's own operators, or an `autograd.Function` around them; where no gradient is needed it goes
+on doing that, as they are made for generation, too.
 """
 
 from __future__ import annotations
@@ -78,9 +79,9 @@ def sample(match: Match, name: str, shapes: Mapping, generator: torch.Generator)
 
 def cut(match: Match, longest: int) -> dict[int, int]:
     """Rows of x alone, as the operators of a packed weight rely on the sizes of what they are given."""
-    rows = {n for n in match.meta("x").shape[:-1] if n > longest}
-    others = {n for name, value in match.tensors.items() for n in value.meta.shape[name in ("x", "z") and -1 :]}
-    return dict.fromkeys(rows - others, longest)
+    x = match.meta("x").shape
+    others = {size for name, value in match.tensors.items() if name not in ("x", "z") for size in value.meta.shape}
+    return {size: longest for size in x[:-1] if size > longest and size not in {x[-1], *others}}
 
 
 def _reference(weight: Mapping, bias: Mapping) -> Reference:
@@ -95,9 +96,8 @@ class Linear4bit(Pattern):
     references = tuple(_reference(weight, bias) for weight in (PLAIN, NESTED) for bias in ({}, {"bias": (12,)}))
 
     def already(self, match: Match) -> str | None:
-        if match.root.meta.device.type not in DEVICES:
-            return "its library's operator"
-        return None if match.root.meta.requires_grad else "its library's operator"
+        gain = match.root.meta.device.type in DEVICES and match.root.meta.requires_grad
+        return None if gain else "its library's operator"
 
     def check(self, match: Match) -> str | None:
         return why_not(match)

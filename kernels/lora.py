@@ -16,13 +16,15 @@ from torch.autograd.function import once_differentiable
 
 from . import lora_triton
 from .common import ceil_div, no_autocast, on_device, register, traceable
+from .dequantize_4bit import matrix, saved, to_save
 
 
 @traceable
 def lora(x, weights, biases, down, up, scales, *, z=None, matmul_dtype=None, out_dtype=None):
     """The y_i [..., N_i] of x [..., D], as a tuple.
 
-    weights: [N_i, D], frozen. biases: [N_i] or None for each. down: A_i [R_i, D]. up: B_i [N_i, R_i]. scales: numbers.
+    weights: [N_i, D], frozen, or Packed4bit, which are unpacked for forward and again for backward. biases: [N_i] or
+    None for each. down: A_i [R_i, D]. up: B_i [N_i, R_i]. scales: numbers.
     z: what the adapters see if not x, with its shape. matmul_dtype: all operands are cast to it first (what autocast
     does); else x and z are cast to the dtypes of the weights and of the adapters. out_dtype: default, what both promote
     to.
@@ -57,10 +59,11 @@ class _LoRA(torch.autograd.Function):
             u = _product(_rows(x if z is None else z), stacked.t(), adapter)
             narrow = frozen if x.is_cuda and frozen is out else adapter
             biases = [b if b is None else b.to(frozen) for b in biases]
-            weights, up = [w.to(frozen) for w in weights], [b.to(narrow) for b in up]
+            weights, up = [matrix(w, frozen) for w in weights], [b.to(narrow) for b in up]
             outputs = _products(_rows(x).to(frozen), weights, biases, u.to(narrow), up, out)
         ctx.count, ctx.scales, ctx.dtypes = count, scales, dtypes
-        ctx.save_for_backward(x, z, u, *parts[:count], *parts[2 * count :])
+        kept, ctx.packed = to_save(parts[:count])
+        ctx.save_for_backward(x, z, u, *parts[2 * count :], *kept)
         ctx.bias_dtypes = [b if b is None else b.dtype for b in parts[count : 2 * count]]
         return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
@@ -71,7 +74,7 @@ class _LoRA(torch.autograd.Function):
         need_dx, need_dz, *rest = ctx.needs_input_grad[3:]
         _, need_bias, need_down, need_up = (rest[i : i + n] for i in range(0, 4 * n, n))
         x, z, u, *parts = ctx.saved_tensors
-        weights, down, up = (parts[i : i + n] for i in range(0, 3 * n, n))
+        down, up, weights = parts[:n], parts[n : 2 * n], saved(parts[2 * n :], ctx.packed)
         each, seen = u.shape[1] // n, _rows(x if z is None else z)
         grads = [_rows(g) for g in grads]
         dx = dz = None
@@ -89,9 +92,9 @@ class _LoRA(torch.autograd.Function):
                 parts = [every[i * each : i * each + len(a)] for i, a in enumerate(down)]
                 ddown = [(d * s).to(a.dtype) for d, s, a in zip(parts, ctx.scales, down, strict=True)]
             if need_dx:
-                total = torch.mm(grads[0].to(frozen), weights[0].to(frozen))
+                total = torch.mm(grads[0].to(frozen), matrix(weights[0], frozen, after=grads[0]))
                 for g, w in zip(grads[1:], weights[1:], strict=True):
-                    total = _plus_product(total, g.to(frozen), w.to(frozen))
+                    total = _plus_product(total, g.to(frozen), matrix(w, frozen, after=g))
                 if z is None:
                     wide = adapter if not x.is_cuda else frozen
                     total = _plus_product(total.to(wide), v.to(wide), stacked.to(wide))

@@ -6,6 +6,7 @@ strides, so a transposed view or a slice of a packed projection is read where it
 
 import contextlib
 import contextvars
+import functools
 import inspect
 import os
 
@@ -58,7 +59,9 @@ def has_tensor_memory_accelerator(x):
 
 def has_aligned_rows(tensor):
     """Whether the copy engine can read a 16-bit matrix: rows are dense and begin at multiples of 16 bytes."""
-    return (tensor.stride(1), tensor.stride(0) % 8, tensor.data_ptr() % 16) == (1, 0, 0)
+    # A tensor that is traced has no address; what begins at no multiple of 16 bytes is copied before the graph runs.
+    start = tensor.storage_offset() * tensor.element_size() if _TRACED.get() else tensor.data_ptr()
+    return (tensor.stride(1), tensor.stride(0) % 8, start % 16) == (1, 0, 0)
 
 
 def tiles(tensor, *shape):
@@ -71,9 +74,22 @@ def tiles(tensor, *shape):
 _TRACED = contextvars.ContextVar("launches become part of a graph", default=False)
 
 
-def launch(kernel, *grid):
-    """`kernel[grid]`; where an operator is traced (`register`), a call of it that becomes part of the graph."""
-    return torch.library.wrap_triton(kernel)[grid] if _TRACED.get() else kernel[grid]
+def launch(kernel, *grid, scratch=None):
+    """`kernel[grid]`; where an operator is traced (`register`), a call of it that becomes part of the graph.
+
+    scratch: a tensor on whose device the kernel may have memory, which it needs if it makes tensor descriptors.
+    """
+    if _TRACED.get():
+        return torch.library.wrap_triton(kernel)[grid]
+    if scratch is None or INTERPRET:
+        return kernel[grid]
+
+    def allocate(size, alignment, stream):
+        return torch.empty(size, dtype=torch.int8, device=scratch.device)
+
+    context = contextvars.copy_context()  # the allocator is a context variable; the caller's stays
+    context.run(triton.set_allocator, allocate)
+    return functools.partial(context.run, kernel[grid])
 
 
 def register(schema, implementation, fake, *, traced=False):
@@ -96,7 +112,8 @@ def register(schema, implementation, fake, *, traced=False):
 
 def _trace(implementation):
     def trace(mode, operator, types, arguments, keywords):
-        if INTERPRET or not use_triton(next(a for a in arguments if isinstance(a, torch.Tensor))):
+        tensors = (a for a in torch.utils._pytree.tree_leaves(arguments) if isinstance(a, torch.Tensor))
+        if INTERPRET or not use_triton(next(tensors)):
             return mode.__torch_dispatch__(operator, types, arguments, keywords)
         token = _TRACED.set(True)
         try:

@@ -120,9 +120,16 @@ def attention_launches(width, dtype, bias=None, visible=False, sink=False, keep=
 
 
 def lora_launches(dtype, rank, bias=None):
-    x, *weights = (torch.ones(n, 1536, dtype=dtype) for n in (512, 4096, 4096, 1024))
+    x, *weights = (torch.ones(n, 1536, dtype=dtype) for n in (512, 4096, 4096, 2048))
     up = [torch.ones(len(w), rank, dtype=dtype) for w in weights]
-    lora_triton.products(x, weights, [bias] * 3, torch.ones(512, 3 * rank, dtype=dtype), up)
+    grads = [torch.ones(512, len(w), dtype=dtype) for w in weights]
+    u, down = torch.ones(512, 3 * rank, dtype=dtype), torch.ones(3 * rank, 1536, dtype=dtype)
+    lora_triton.products(x, weights, [bias] * 3, u, up, rank)
+    lora_triton.input_gradient(grads, weights, u, down)
+    lora_triton.narrow(x, down)
+    lora_triton.tall(x, u)
+    lora_triton.gradients(grads, up, u, rank)
+    lora_triton.gradients([g[:, :256].contiguous() for g in grads], [b[:256] for b in up], u, rank)
 
 
 def dequantize_4bit_launches(dtype, shape=(256, 1536), **options):

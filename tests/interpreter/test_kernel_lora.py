@@ -1,4 +1,4 @@
-"""The Triton kernels of low-rank adapters, interpreted; float32 stands for bfloat16, which can't be multiplied there."""
+"""The Triton kernels of low-rank adapters, interpreted; float32 stands for bfloat16, which is not multiplied there."""
 
 import pytest
 import torch

@@ -129,18 +129,14 @@ def _pass_tile(width, ranks):
 
 
 def _splits(blocks, programs):
-    """Into how many parts the rows are cut so that blocks of columns keep all multiprocessors busy to the end."""
-
-    def waste(splits):
-        return ceil_div(blocks * splits, programs) * programs / (blocks * splits) + splits / 100
-
-    return min(range(1, max(2, 4 * programs // blocks)), key=waste)
+    """Into how many parts the rows are cut: all programs run at once, and most of the multiprocessors read enough."""
+    return max(1, programs // blocks)
 
 
 @jit
 def _matrix(X, row_count, columns, step, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """A matrix that is loaded and stored by tiles; 0 is loaded beyond its edges."""
-    return tl.make_tensor_descriptor(X, [row_count, columns], [step.to(tl.int64), 1], [ROWS, COLUMNS])
+    return tl.make_tensor_descriptor(X, [row_count, columns], [step, 1], [ROWS, COLUMNS])
 
 
 @jit

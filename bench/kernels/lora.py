@@ -86,8 +86,8 @@ def errors(function, shape, rank):
     ]
 
 
-def milliseconds(*functions, repeat=12):
-    """Median of each of the functions, which take turns."""
+def milliseconds(*functions, repeat=12, calls=5):
+    """Median of each of the functions, which take turns at some calls in a row: clocks are those of steady work."""
     for _ in range(3):
         for function in functions:
             function()
@@ -95,13 +95,14 @@ def milliseconds(*functions, repeat=12):
     for _ in range(repeat):
         for function in functions:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(6_000_000)  # cycles, some milliseconds: until then the host has launched all of it
+            torch.cuda._sleep(10_000_000)  # cycles, some milliseconds: until then the host has launched all of it
             start.record()
-            function()
+            for _ in range(calls):
+                function()
             end.record()
             times.append((start, end))
     torch.cuda.synchronize()
-    elapsed = [start.elapsed_time(end) for start, end in times]
+    elapsed = [start.elapsed_time(end) / calls for start, end in times]
     return [statistics.median(elapsed[i :: len(functions)]) for i in range(len(functions))]
 
 

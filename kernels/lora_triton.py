@@ -85,23 +85,21 @@ def narrow(x, down):
 def gradients(grads, up, u, each):
     """(v [T, branches * each], [dB_i [N_i, R_i]]) of grads [T, N_i], up [N_i, R_i] and u [T, branches * each]."""
     count, outs = len(u), [g.shape[1] for g in grads]
-    BM, BN = _pass_tile(each)
-    across = ceil_div(max(outs), BN)
-    GROUP = ceil_div(across, ceil_div(across, 8))
-    groups = [ceil_div(n, BN * GROUP) for n in outs]
-    splits = _splits(sum(groups), processors(u))
-    v_parts = u.new_empty(sum(groups), count, each, dtype=torch.float32)
+    BM, BN, warps = _pass_tile(min(outs), each)
+    blocks = [ceil_div(n, BN) for n in outs]
+    splits = _splits(sum(blocks), processors(u))
+    v_parts = u.new_empty(sum(blocks), count, each, dtype=torch.float32)
     b_parts = [u.new_empty(splits, n, each, dtype=torch.float32) for n in outs]
     branches = []
     for g, b, part in zip(grads, up, b_parts, strict=True):
         branches += [g, b, part, g.shape[1], g.stride(0), b.shape[1]]
     branches += [None] * (6 * (MOST_BRANCHES - len(grads)))
-    launch(_pass_kernel, sum(groups), splits, scratch=u)(
+    launch(_pass_kernel, sum(blocks), splits, scratch=u)(
         u, v_parts, *branches, count, ceil_div(ceil_div(count, BM), splits) * BM, u.stride(0), each,
-        RANK=max(16, next_power_of_2(each)), NEED_V=True, BM=BM, BN=BN, GROUP=GROUP, num_warps=8, num_stages=3,
+        RANK=max(16, next_power_of_2(each)), NEED_V=True, BM=BM, BN=BN, num_warps=warps, num_stages=3,
     )  # fmt: skip
     v, start = [], 0
-    for number in groups:
+    for number in blocks:
         v.append(v_parts[start : start + number].sum(0).to(u.dtype))
         start += number
     dup = [part.sum(0).to(b.dtype)[:, : b.shape[1]] for part, b in zip(b_parts, up, strict=True)]
@@ -111,21 +109,23 @@ def gradients(grads, up, u, each):
 def tall(x, v):
     """dA [R, D] in float32 of x [T, D] and v [T, R]."""
     (count, width), ranks = x.shape, v.shape[1]
-    BM, BN = _pass_tile(ranks)
+    BM, BN, warps = _pass_tile(width, ranks)
     blocks = ceil_div(width, BN)
     splits = _splits(blocks, processors(x))
     parts = x.new_empty(splits, width, ranks, dtype=torch.float32)
     branch = [x, None, parts, width, x.stride(0), 0] + [None] * (6 * (MOST_BRANCHES - 1))
     launch(_pass_kernel, blocks, splits, scratch=x)(
         v, None, *branch, count, ceil_div(ceil_div(count, BM), splits) * BM, v.stride(0), ranks,
-        RANK=max(16, next_power_of_2(ranks)), NEED_V=False, BM=BM, BN=BN, GROUP=1, num_warps=8, num_stages=3,
+        RANK=max(16, next_power_of_2(ranks)), NEED_V=False, BM=BM, BN=BN, num_warps=warps, num_stages=3,
     )  # fmt: skip
     return parts.sum(0).t()
 
 
-def _pass_tile(ranks):
-    """(rows, columns) of a tile of `_pass`, whose [columns, ranks] numbers stay in registers."""
-    return 64, 256 if ranks <= 64 else 128
+def _pass_tile(width, ranks):
+    """(rows, columns, warps): wide tiles leave few sums to add up, but [columns, ranks] numbers stay in registers."""
+    if ranks > 64:
+        return 64, 128, 8
+    return (64, 512, 8) if width >= 2048 and ranks <= 16 else (64, 256, 8)
 
 
 def _splits(blocks, programs):
@@ -259,65 +259,57 @@ def _narrow_kernel(
 
 @jit
 def _pass(
-    G, B, B_PART, U, V_PART, group, v_part, row_count, split_rows, outs, g_step, u_step, u_start, each, rank,
-    RANK: tl.constexpr, NEED_V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr,
+    G, B, B_PART, U, V_PART, block, v_part, row_count, split_rows, outs, g_step, u_step, u_start, each, rank,
+    RANK: tl.constexpr, NEED_V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """GROUP blocks of columns of G over some of the rows: their part of dB, and, whole for these columns, v."""
+    """One block of columns of G over some of the rows: its part of dB, and, whole for these columns, v."""
     g, u = _matrix(G, row_count, outs, g_step, BM, BN), _matrix(U, row_count, u_start + each, u_step, BM, RANK)
-    k = tl.arange(0, RANK)
+    c, k = block * BN + tl.arange(0, BN), tl.arange(0, RANK)
+    if NEED_V:
+        b = tl.load(
+            B + c.to(tl.int64)[:, None] * rank + k[None, :], mask=(c < outs)[:, None] & (k < rank)[None, :], other=0.0
+        )
+    total = tl.zeros([BN, RANK], tl.float32)
     first = tl.program_id(1) * split_rows
-    for block in range(GROUP):
-        column_start = (group * GROUP + block) * BN
-        if column_start < outs:
-            c = column_start + tl.arange(0, BN)
-            if NEED_V:
-                b = tl.load(
-                    B + c.to(tl.int64)[:, None] * rank + k[None, :], mask=(c < outs)[:, None] & (k < rank)[None, :],
-                    other=0.0,
-                )  # fmt: skip
-            total = tl.zeros([BN, RANK], tl.float32)
-            for row_start in range(first, tl.minimum(first + split_rows, row_count), BM):
-                tile = g.load([row_start, column_start])
-                total = tl.dot(tile.T, u.load([row_start, u_start]), total)
-                if NEED_V:
-                    r = row_start + tl.arange(0, BM)
-                    at = (tl.zeros([BM], tl.int64) + v_part) * row_count + r
-                    at = V_PART + at[:, None] * each + k[None, :]
-                    mask = (r < row_count)[:, None] & (k < each)[None, :]
-                    v = tl.dot(tile, b)
-                    if block > 0:
-                        v += tl.load(at, mask=mask, other=0.0)
-                    tl.store(at, v, mask=mask)
-            at = (tl.program_id(1) * outs + c).to(tl.int64)[:, None] * each + k[None, :]
-            tl.store(B_PART + at, total, mask=(c < outs)[:, None] & (k < each)[None, :])
+    for row_start in range(first, tl.minimum(first + split_rows, row_count), BM):
+        tile = g.load([row_start, block * BN])
+        total = tl.dot(tile.T, u.load([row_start, u_start]), total)
+        if NEED_V:
+            r = row_start + tl.arange(0, BM)
+            at = (tl.zeros([BM], tl.int64) + v_part) * row_count + r
+            v = tl.dot(tile, b)
+            mask = (r < row_count)[:, None] & (k < each)[None, :]
+            tl.store(V_PART + at[:, None] * each + k[None, :], v, mask=mask)
+    at = (tl.program_id(1) * outs + c).to(tl.int64)[:, None] * each + k[None, :]
+    tl.store(B_PART + at, total, mask=(c < outs)[:, None] & (k < each)[None, :])
 
 
 @jit
 def _pass_kernel(
     U, V_PART, G_0, B_0, PART_0, outs_0, step_0, rank_0, G_1, B_1, PART_1, outs_1, step_1, rank_1,
     G_2, B_2, PART_2, outs_2, step_2, rank_2, row_count, split_rows, u_step, each,
-    RANK: tl.constexpr, NEED_V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr,
+    RANK: tl.constexpr, NEED_V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Programs: groups of columns of one G after the other, by parts of the rows."""
+    """Programs: blocks of columns of one G after the other, by parts of the rows."""
     number = tl.program_id(0)
-    groups_0 = tl.cdiv(outs_0, BN * GROUP)
-    groups_1 = 0
+    blocks_0 = tl.cdiv(outs_0, BN)
+    blocks_1 = 0
     if G_1 is not None:
-        groups_1 = tl.cdiv(outs_1, BN * GROUP)
-    if number < groups_0:
+        blocks_1 = tl.cdiv(outs_1, BN)
+    if number < blocks_0:
         _pass(
             G_0, B_0, PART_0, U, V_PART, number, number, row_count, split_rows, outs_0, step_0, u_step, 0, each, rank_0,
-            RANK, NEED_V, BM, BN, GROUP,
+            RANK, NEED_V, BM, BN,
         )  # fmt: skip
     if G_1 is not None:
-        if (number >= groups_0) & (number < groups_0 + groups_1):
+        if (number >= blocks_0) & (number < blocks_0 + blocks_1):
             _pass(
-                G_1, B_1, PART_1, U, V_PART, number - groups_0, number, row_count, split_rows, outs_1, step_1, u_step,
-                each, each, rank_1, RANK, NEED_V, BM, BN, GROUP,
+                G_1, B_1, PART_1, U, V_PART, number - blocks_0, number, row_count, split_rows, outs_1, step_1, u_step,
+                each, each, rank_1, RANK, NEED_V, BM, BN,
             )  # fmt: skip
     if G_2 is not None:
-        if number >= groups_0 + groups_1:
+        if number >= blocks_0 + blocks_1:
             _pass(
-                G_2, B_2, PART_2, U, V_PART, number - groups_0 - groups_1, number, row_count, split_rows, outs_2,
-                step_2, u_step, 2 * each, each, rank_2, RANK, NEED_V, BM, BN, GROUP,
+                G_2, B_2, PART_2, U, V_PART, number - blocks_0 - blocks_1, number, row_count, split_rows, outs_2,
+                step_2, u_step, 2 * each, each, rank_2, RANK, NEED_V, BM, BN,
             )  # fmt: skip

@@ -12,7 +12,7 @@ OUTS = [(72,), (40, 8), (24, 72, 16)]
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     monkeypatch.setattr(lora_triton, "TILE", {"BM": 16, "BN": 32, "BK": 16})
-    monkeypatch.setattr(lora_triton, "_pass_tile", lambda ranks: (16, 16))
+    monkeypatch.setattr(lora_triton, "_pass_tile", lambda width, ranks: (16, 32, 4))
 
 
 def matrices(*shapes, seed=0):

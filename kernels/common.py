@@ -5,10 +5,13 @@ strides, so a transposed view or a slice of a packed projection is read where it
 """
 
 import contextlib
+import contextvars
+import functools
 import inspect
 import os
 
 import torch
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 try:
     import triton
@@ -56,7 +59,9 @@ def has_tensor_memory_accelerator(x):
 
 def has_aligned_rows(tensor):
     """Whether the copy engine can read a 16-bit matrix: rows are dense and begin at multiples of 16 bytes."""
-    return (tensor.stride(1), tensor.stride(0) % 8, tensor.data_ptr() % 16) == (1, 0, 0)
+    # A tensor that is traced has no address; what begins at no multiple of 16 bytes is copied before the graph runs.
+    start = tensor.storage_offset() * tensor.element_size() if _TRACED.get() else tensor.data_ptr()
+    return (tensor.stride(1), tensor.stride(0) % 8, start % 16) == (1, 0, 0)
 
 
 def tiles(tensor, *shape):
@@ -66,14 +71,58 @@ def tiles(tensor, *shape):
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(shape))
 
 
-def register(schema, implementation, fake):
-    """Define `rewriter::<schema>` for CPU and CUDA with a shape function; return the callable overload."""
+_TRACED = contextvars.ContextVar("launches become part of a graph", default=False)
+
+
+def launch(kernel, *grid, scratch=None):
+    """`kernel[grid]`; where an operator is traced (`register`), a call of it that becomes part of the graph.
+
+    scratch: a tensor on whose device the kernel may have memory, which it needs if it makes tensor descriptors.
+    """
+    if _TRACED.get():
+        return torch.library.wrap_triton(kernel)[grid]
+    if scratch is None or INTERPRET:
+        return kernel[grid]
+
+    def allocate(size, alignment, stream):
+        return torch.empty(size, dtype=torch.int8, device=scratch.device)
+
+    context = contextvars.copy_context()  # the allocator is a context variable; the caller's stays
+    context.run(triton.set_allocator, allocate)
+    return functools.partial(context.run, kernel[grid])
+
+
+def register(schema, implementation, fake, *, traced=False):
+    """Define `rewriter::<schema>` for CPU and CUDA with a shape function; return the callable overload.
+
+    traced: AOTAutograd takes the implementation's Triton kernels (they must go through `launch`) and operators into its
+    graph instead of the operator. Inductor then launches the kernels by itself, which costs the host a fraction of what
+    an operator written in Python does, and plans their memory.
+    """
     name = schema.split("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(name, implementation, key)
     torch.library.register_fake(f"rewriter::{name}", fake, lib=LIBRARY)
+    if traced:
+        rule = _trace(implementation)
+        torch.library.register_torch_dispatch(f"rewriter::{name}", FunctionalTensorMode, rule, lib=LIBRARY)
     return getattr(torch.ops.rewriter, name).default
+
+
+def _trace(implementation):
+    def trace(mode, operator, types, arguments, keywords):
+        tensors = (a for a in torch.utils._pytree.tree_leaves(arguments) if isinstance(a, torch.Tensor))
+        if INTERPRET or not use_triton(next(tensors)):
+            return mode.__torch_dispatch__(operator, types, arguments, keywords)
+        token = _TRACED.set(True)
+        try:
+            with mode:
+                return implementation(*arguments, **(keywords or {}))
+        finally:
+            _TRACED.reset(token)
+
+    return trace
 
 
 def no_autocast(x):
@@ -137,9 +186,14 @@ def collapse(sizes, *strides):
     return merged
 
 
+def permuted(x, order):
+    """x.permute(order), but x itself where that changes nothing."""
+    return x if list(order) == list(range(x.dim())) else x.permute(order)
+
+
 def rows(x, order):
     """`x` as rows in `order`: (tensor, inner, outer_stride, inner_stride) for `row_start`; copies only if it must."""
-    x = x.permute(order)
+    x = permuted(x, order)
     levels = collapse(x.shape[:-1], x.stride()[:-1])
     if len(levels) > 2 or (x.shape[-1] > 1 and x.stride(-1) != 1):
         x = x.contiguous()
@@ -183,7 +237,7 @@ class Output:
 
     def __init__(self, tensor, order):
         self.tensor = tensor
-        self.view = tensor.permute(order)
+        self.view = permuted(tensor, order)
         self.rows = self.view if self.view.is_contiguous() else self.view.new_empty(self.view.shape)
 
     def finish(self):

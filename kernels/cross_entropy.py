@@ -23,6 +23,7 @@ from .common import (
     next_power_of_2,
     no_autocast,
     on_device,
+    processors,
     register,
     row_start,
     rows,
@@ -327,17 +328,17 @@ def _rows_kernel(
 
 @jit
 def _scale_kernel(X, FACTOR, Y, count, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr):
-    """Y = X * FACTOR; Y may be X, IN_PLACE, which is left alone if the factor is 1."""
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    at = start + tl.arange(0, BLOCK)
+    """Y = X * FACTOR; Y may be X, IN_PLACE, which is left alone if the factor is 1. Programs stride over blocks."""
     factor = tl.load(FACTOR)
+    blocks = tl.cdiv(count, BLOCK).to(tl.int32)
     if IN_PLACE:
-        if factor == 1:
-            return
-    if start + BLOCK <= count:  # without a mask loads and stores are wide
-        tl.store(Y + at, tl.load(X + at).to(factor.dtype) * factor)
-    else:
-        tl.store(Y + at, tl.load(X + at, mask=at < count).to(factor.dtype) * factor, mask=at < count)
+        blocks = tl.where(factor == 1, 0, blocks)
+    for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
+        at = (tl.zeros([BLOCK], tl.int64) + block) * BLOCK + tl.arange(0, BLOCK)
+        if block < count // BLOCK:  # without a mask loads and stores are wide
+            tl.store(Y + at, tl.load(X + at).to(factor.dtype) * factor)
+        else:
+            tl.store(Y + at, tl.load(X + at, mask=at < count).to(factor.dtype) * factor, mask=at < count)
 
 
 def _scale(x, factor, dtype):
@@ -359,9 +360,8 @@ def _scale_into(y, x, factor):
     BLOCK = 4096
     if x.numel():
         with on_device(x):
-            _scale_kernel[(ceil_div(x.numel(), BLOCK),)](
-                x, factor, y, x.numel(), IN_PLACE=y is x, BLOCK=BLOCK, num_warps=8
-            )
+            programs = min(ceil_div(x.numel(), BLOCK), 8 * processors(x))
+            _scale_kernel[(programs,)](x, factor, y, x.numel(), IN_PLACE=y is x, BLOCK=BLOCK, num_warps=8)
     return y
 
 

@@ -17,6 +17,7 @@ from .common import (
     ceil_div,
     compute_dtype,
     jit,
+    launch,
     memory_order,
     no_autocast,
     on_device,
@@ -132,7 +133,7 @@ def _backward(dy, gate, up, activation, alpha, limit, shift, need_gate, need_up)
     if use_triton(gate):
         order = memory_order(gate)
         outputs = [Output(t, order) if need else None for t, need in ((dgate, need_gate), (dup, need_up))]
-        _backward_triton(dy, gate, up, *options, order, gate.shape[-1], *(o and o.rows for o in outputs))
+        _backward_triton(dy, gate, up, *options, order, *(o and o.rows for o in outputs))
         for out in outputs:
             out and out.finish()
         return dgate, dup
@@ -185,7 +186,7 @@ def _packed_backward(dy, x, gate_first, interleaved, *options):
     if interleaved:
         _interleaved_backward_triton(dy, x, gate_first, *options, order, dx.rows)
     else:
-        _backward_triton(dy, gate, up, *options, order, x.shape[-1], *_unpack(dx.rows, gate_first, False))
+        _backward_triton(dy, gate, up, *options, order, dx.rows, None, packed=True, gate_first=gate_first)
     return dx.finish()
 
 
@@ -246,19 +247,26 @@ def _forward_kernel(
 @jit
 def _backward_kernel(
     DY, G, U, DG, DU, count, width, y_inner, y_outer, y_step, g_inner, g_outer, g_step, u_inner, u_outer, u_step,
-    d_step, NEED_GATE: tl.constexpr, NEED_UP: tl.constexpr, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr,
-    LIMIT: tl.constexpr, SHIFT: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    PACKED: tl.constexpr, GATE_FIRST: tl.constexpr, NEED_GATE: tl.constexpr, NEED_UP: tl.constexpr,
+    ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr, ACC: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Tiles as in forward; rows of DG and DU are d_step apart (2 * width where both lie in one packed gradient)."""
+    """Tiles as in forward; DG and DU are dense, or PACKED: DG holds both, a row of one beside that of the other."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     mask = (row < count)[:, None] & (column < width)
-    out = (row.to(tl.int64) * d_step)[:, None] + column
+    out = (row.to(tl.int64) * (width * (2 if PACKED else 1)))[:, None] + column
     dy = tl.load(DY + row_start(row, y_inner, y_outer, y_step)[:, None] + column, mask=mask, other=0.0).to(ACC)
     g = tl.load(G + row_start(row, g_inner, g_outer, g_step)[:, None] + column, mask=mask, other=0.0).to(ACC)
     u = g
     if NEED_GATE or LIMIT is not None:
         u = tl.load(U + row_start(row, u_inner, u_outer, u_step)[:, None] + column, mask=mask, other=0.0).to(ACC)
+    if PACKED:
+        DU = DG
+        if GATE_FIRST:
+            DU += width
+        else:
+            DG += width
     if NEED_GATE:
         tl.store(DG + out, _gate_gradient(dy, g, u, ACTIVATION, ALPHA, LIMIT, SHIFT), mask=mask)
     if NEED_UP:
@@ -338,15 +346,19 @@ def _forward_triton(gate, up, *options, packed=None):
     with on_device(gate):
         if packed:
             x, *x_layout = rows(packed[0], order)
-            _interleaved_forward_kernel[grid](x, y.rows, count, width, *x_layout, GATE_FIRST=packed[1], **constants)
+            launch(_interleaved_forward_kernel, *grid)(
+                x, y.rows, count, width, *x_layout, GATE_FIRST=packed[1], **constants
+            )
         else:
             (gate, *g_layout), (up, *u_layout) = rows(gate, order), rows(up, order)
-            _forward_kernel[grid](gate, up, y.rows, count, width, *g_layout, *u_layout, **constants)
+            launch(_forward_kernel, *grid)(gate, up, y.rows, count, width, *g_layout, *u_layout, **constants)
     return y.finish()
 
 
-def _backward_triton(dy, gate, up, activation, alpha, limit, shift, order, d_step, dgate, dup):
-    """Write dgate and dup (rows in `order`, d_step apart; None: not wanted)."""
+def _backward_triton(
+    dy, gate, up, activation, alpha, limit, shift, order, dgate, dup, *, packed=False, gate_first=True
+):  # fmt: skip
+    """Write dgate and dup (dense rows in `order`; None: not wanted), or packed, both into dgate."""
     width = gate.shape[-1]
     if gate.numel() == 0:
         return
@@ -354,9 +366,10 @@ def _backward_triton(dy, gate, up, activation, alpha, limit, shift, order, d_ste
     (dy, *y_layout), (gate, *g_layout), (up, *u_layout) = rows(dy, order), rows(gate, order), rows(up, order)
     grid, sizes = _grid(gate.numel() // width, width)
     with on_device(gate):
-        _backward_kernel[grid](
-            dy, gate, up, dgate, dup, gate.numel() // width, width, *y_layout, *g_layout, *u_layout, d_step,
-            NEED_GATE=dgate is not None, NEED_UP=dup is not None, **constants, **sizes,
+        launch(_backward_kernel, *grid)(
+            dy, gate, up, dgate, dup, gate.numel() // width, width, *y_layout, *g_layout, *u_layout,
+            PACKED=packed, GATE_FIRST=gate_first, NEED_GATE=dgate is not None, NEED_UP=packed or dup is not None,
+            **constants, **sizes,
         )  # fmt: skip
 
 
@@ -369,24 +382,31 @@ def _interleaved_backward_triton(dy, x, gate_first, activation, alpha, limit, sh
     width = dy.shape[-1]
     grid, sizes = _grid(dy.numel() // width, width)
     with on_device(x):
-        _interleaved_backward_kernel[grid](
+        launch(_interleaved_backward_kernel, *grid)(
             dy, x, dx, dy.numel() // width, width, *y_layout, *x_layout, GATE_FIRST=gate_first, **constants, **sizes
         )
 
 
 _OPTIONS = "str activation, float alpha, float? limit, float shift"
 _PACKING = "bool gate_first, bool interleaved"
-_forward_op = register(f"glu_forward(Tensor gate, Tensor up, {_OPTIONS}) -> Tensor", _forward, _forward_fake)
+_forward_op = register(
+    f"glu_forward(Tensor gate, Tensor up, {_OPTIONS}) -> Tensor", _forward, _forward_fake, traced=True
+)
 _backward_op = register(
     f"glu_backward(Tensor dy, Tensor gate, Tensor up, {_OPTIONS}, bool need_gate, bool need_up) -> (Tensor, Tensor)",
     _backward,
     _backward_fake,
+    traced=True,
 )
 _packed_forward_op = register(
-    f"glu_packed_forward(Tensor x, {_PACKING}, {_OPTIONS}) -> Tensor", _packed_forward, _packed_forward_fake
+    f"glu_packed_forward(Tensor x, {_PACKING}, {_OPTIONS}) -> Tensor",
+    _packed_forward,
+    _packed_forward_fake,
+    traced=True,
 )
 _packed_backward_op = register(
     f"glu_packed_backward(Tensor dy, Tensor x, {_PACKING}, {_OPTIONS}) -> Tensor",
     _packed_backward,
     _packed_backward_fake,
+    traced=True,
 )

@@ -24,6 +24,7 @@ from .common import (
     compute_dtype,
     empty_sum,
     jit,
+    launch,
     load_sum,
     memory_order,
     no_autocast,
@@ -395,7 +396,7 @@ def _forward_triton(x, residual, weight, bias, eps, offset, scale, outside, roun
     count = x.numel() // width
     ROWS, COLUMNS, warps = tile(width)
     with on_device(x):
-        _forward_kernel[(ceil_div(count, ROWS),)](
+        launch(_forward_kernel, ceil_div(count, ROWS))(
             x_rows, r_rows, s_rows, weight, bias, y.rows, mean.rows, rstd.rows, count, width, *x_layout, *r_layout,
             EPS=eps, OFFSET=offset, SCALE=scale, OUTSIDE=outside, RESIDUAL=residual is not None,
             WEIGHT=weight is not None, BIAS=bias is not None, ROUND=round_before_weight, ACC=triton_dtype(compute),
@@ -424,30 +425,25 @@ def _backward_triton(
     partial_w = partial_b = None
     if need_dw or need_db:
         programs = min(programs, processors(x) * max(2, 16 // warps))
-        partial = rstd.new_empty(need_dw + need_db, programs, width)
-        partial_w, partial_b = partial[0] if need_dw else None, partial[-1] if need_db else None
+        partial_w, partial_b = (rstd.new_empty(programs, width) if need else None for need in (need_dw, need_db))
     flags = dict(SCALE=scale, ACC=triton_dtype(rstd.dtype), COLUMNS=COLUMNS, num_warps=warps)
     scaled = dict(OFFSET=offset, OUTSIDE=outside, WEIGHT=weight is not None, ADD=ds is not None)
     sums = dict(ROUND=round_before_weight, NEED_DW=need_dw, NEED_DB=need_db)
     sizes = (count, width, *dy_layout, *s_layout, *x_layout)
     with on_device(x):
         if width <= COLUMNS:
-            _backward_kernel[(programs,)](
+            launch(_backward_kernel, programs)(
                 dy, s, x, weight, mean, rstd, dx.rows, partial_w, partial_b, *sizes,
                 NEED_DX=need_dx, ROWS=ROWS, **sums, **scaled, **flags,
             )  # fmt: skip
         else:
             if need_dx:
-                _backward_wide_kernel[(count,)](dy, s, x, weight, mean, rstd, dx.rows, *sizes, **scaled, **flags)
+                launch(_backward_wide_kernel, count)(dy, s, x, weight, mean, rstd, dx.rows, *sizes, **scaled, **flags)
             if need_dw or need_db:
                 grid, sizes = (programs, ceil_div(width, COLUMNS)), (count, width, *dy_layout, *x_layout)
-                _weight_wide_kernel[grid](dy, x, mean, rstd, partial_w, partial_b, *sizes, **sums, **flags)
-    if need_dw or need_db:
-        total = partial.sum(1)
-    if need_dw:
-        dw.copy_(total[0])
-    if need_db:
-        db.copy_(total[-1])
+                launch(_weight_wide_kernel, *grid)(dy, x, mean, rstd, partial_w, partial_b, *sizes, **sums, **flags)
+    dw = partial_w.sum(0).to(dw.dtype) if need_dw else dw
+    db = partial_b.sum(0).to(db.dtype) if need_db else db
     return dx.finish(), dw, db
 
 
@@ -456,12 +452,14 @@ _forward_op = register(
     f"layer_norm_forward(Tensor x, Tensor? weight, Tensor? bias, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
+    traced=True,
 )
 _add_forward_op = register(
     f"add_layer_norm_forward(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, {_OPTIONS}) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _add_forward,
     _add_forward_fake,
+    traced=True,
 )
 _backward_op = register(
     "layer_norm_backward(Tensor dy, Tensor? ds, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, float offset, "
@@ -469,4 +467,5 @@ _backward_op = register(
     "-> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
+    traced=True,
 )

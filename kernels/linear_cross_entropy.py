@@ -116,13 +116,13 @@ FEW = 6  # sums of so many chunks in bfloat16 stay within 1.6 times the error of
 
 
 def default_chunk(rows, classes):
-    """Rows per chunk, from shapes alone: at least 512, evenly split; multiples of 256, which fill tiles of a product.
+    """Rows per chunk, from shapes alone: at least 512, evenly split; multiples of 128, which fill tiles of a product.
 
     As many as the memory is worth: a weight's gradient is read and written once a chunk.
     """
-    most = max(512, MOST // max(classes, 1) // 256 * 256)
+    most = max(512, MOST // max(classes, 1) // 128 * 128)
     even = ceil_div(rows, ceil_div(rows, most)) if rows else 1
-    return min(ceil_div(even, 256) * 256, max(rows, 1))
+    return min(ceil_div(even, 128) * 128, max(rows, 1))
 
 
 def _grad_dtype(tensor):

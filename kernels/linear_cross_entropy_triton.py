@@ -60,17 +60,20 @@ def chunks(
     (rows, width), (chunk, classes) = x.shape, buffer.shape
     BM, BN, BK = TILE
     x = x if x.stride(1) == 1 else x.contiguous()
-    ignored = target == ignore_index
-    order = torch.argsort(ignored.to(torch.uint8), stable=True)
-    count = (~ignored).sum(dtype=torch.int32)
-    programs, parts, splits = processors(x), 2 * ceil_div(classes, BN), _splits(chunk, width, processors(x))
+    order = x.new_empty(rows, dtype=torch.int32)
+    count = x.new_empty((), dtype=torch.int32)
+    _order_kernel[(1,)](target, order, count, rows, IGNORED=ignore_index, BLOCK=4096, num_warps=16)
+    programs, parts = processors(x), 2 * ceil_div(classes, BN)
+    starts = range(0, rows, chunk)
+    splits = {n: _splits(n, width, programs) for n in {min(chunk, rows - start) for start in starts}}
     gathered = buffer.new_empty(chunk, width)
     shift, factor, at_class = (x.new_empty(chunk, dtype=torch.float32) for _ in range(3))
     sums = x.new_empty(parts, chunk, dtype=torch.float32)
     klass = x.new_empty(chunk, dtype=torch.int32)
-    products = x.new_empty(splits, chunk, width, dtype=torch.float32) if dx is not None else None
-    in_order = torch.zeros_like(losses)
-    again = torch.zeros(ceil_div(rows, chunk), chunk + 1, dtype=torch.int32, device=x.device)  # last: whether any
+    most = max(n * split_count for n, split_count in splits.items())
+    products = x.new_empty(most * width, dtype=torch.float32) if dx is not None else None
+    in_order = losses.new_empty(chunk)
+    again = torch.zeros(len(starts), chunk + 1, dtype=torch.int32, device=x.device)  # last: whether any
 
     e_rows, e_columns, e_halves = tiles(buffer, BM, BK), tiles(buffer, BK, BM), tiles(buffer, BM, BN // 2)
     x_rows, x_columns = tiles(gathered, BM, BK), tiles(gathered, BK, BN)
@@ -78,7 +81,7 @@ def chunks(
     wide = dweight is not None and dweight.dtype is torch.float32  # half a tile of it would not fit twice
     BLOCK = min(next_power_of_2(width), 2048)
     numbers = {"SCALE": scale, "SOFTCAP": softcap or 0.0}
-    for index, start in enumerate(range(0, rows, chunk)):
+    for index, start in enumerate(starts):
         _gather_kernel[(chunk,)](
             x, weight, bias, target, order, count, gathered, shift, klass, start, width, classes, x.stride(0),
             weight.stride(0), **numbers, BLOCK=BLOCK, num_warps=4,
@@ -91,33 +94,30 @@ def chunks(
         _sums_kernel[(ceil_div(chunk, 16),)](
             buffer, sums, shift, klass, order, class_weight, z_ratio, upstream, in_order, factor, at_class,
             again[index], count,
-            start, chunk, classes, parts, buffer.stride(0), Z_LOSS=z_loss, **numbers, PARTS=64, ROWS=16, num_warps=4,
+            start, chunk, classes, parts, buffer.stride(0), Z_LOSS=z_loss, **numbers, PARTS=256, ROWS=16, num_warps=8,
         )  # fmt: skip
         _exponentials_kernel[(programs,)](
             *first, at_class, again[index], **sizes, **numbers, BM=BM, BN=BN, BK=BK, PROGRAMS=programs, **LAUNCH
         )
-        part = slice(start, min(start + chunk, rows))
-        n = part.stop - start
+        n = min(chunk, rows - start)
         row_losses(  # -1 is nobody's class here: the rows that are ignored are not done again
-            buffer[:n], klass[:n], class_weight, z_ratio, None, in_order[part], buffer[:n], buffer.stride(0),
+            buffer[:n], klass[:n], class_weight, z_ratio, None, in_order[:n], buffer[:n], buffer.stride(0),
             -1, 0.0, scale, softcap, z_loss, wanted=again[index],
         )  # fmt: skip
         if dx is not None:
             _input_gradient_kernel[(programs,)](
-                e_rows, w_columns, products, count, start, chunk, width, classes,
-                SPLITS=splits, BM=BM, BN=BN, BK=BK, PROGRAMS=programs, **LAUNCH,
+                e_rows, w_columns, products, count, start, n, width, classes, splits[n],
+                BM=BM, BN=BN, BK=BK, PROGRAMS=programs, **LAUNCH,
             )  # fmt: skip
-        if dx is not None or dweight is not None:
-            _scale_rows_kernel[(n,)](
-                products, factor, order, count, gathered, dx, start, chunk, width, 0 if dx is None else dx.stride(0),
-                SPLITS=splits, BLOCK=BLOCK, num_warps=4,
-            )  # fmt: skip
+        _finish_rows_kernel[(n,)](
+            in_order, products, factor, order, count, losses, None if dweight is None else gathered, dx, start, n,
+            width, 0 if dx is None else dx.stride(0), splits[n], BLOCK=BLOCK, num_warps=4,
+        )  # fmt: skip
         if dweight is not None:
             _weight_gradient_kernel[(programs,)](
                 e_columns, x_columns, tiles(dweight, BM, BN // (4 if wide else 2)), count, start, chunk, width, classes,
                 ADD=start > 0, WIDE=wide, BM=BM, BN=BN, BK=BK, PROGRAMS=programs, **LAUNCH,
             )  # fmt: skip
-    losses.scatter_(0, order, in_order)
 
 
 def _splits(rows, width, programs):
@@ -126,9 +126,31 @@ def _splits(rows, width, programs):
     most = max(1, min(16, MOST_PARTS // (4 * rows * width)))
 
     def waste(splits):
-        return ceil_div(number * splits, programs) * programs / (number * splits) + splits / 250  # each is written, too
+        return ceil_div(number * splits, programs) * programs / (number * splits) + splits / 200  # each is written, too
 
     return min(range(1, most + 1), key=waste)
+
+
+@jit
+def _order_kernel(TARGET, ORDER, COUNT, row_count, IGNORED: tl.constexpr, BLOCK: tl.constexpr):
+    """ORDER: the numbers of the rows, those that are ignored behind the others, of which there are COUNT."""
+    wanted = tl.zeros([], tl.int32)
+    for first in range(0, row_count, BLOCK):
+        wanted += tl.sum(_wanted(TARGET, first + tl.arange(0, BLOCK), row_count, IGNORED), 0)
+    tl.store(COUNT, wanted)
+    before = tl.zeros([], tl.int32)
+    for first in range(0, row_count, BLOCK):
+        row = first + tl.arange(0, BLOCK)
+        keep = _wanted(TARGET, row, row_count, IGNORED)
+        ahead = before + tl.cumsum(keep, 0) - keep  # wanted rows ahead of each
+        tl.store(ORDER + tl.where(keep != 0, ahead, wanted + row - ahead), row, mask=row < row_count)
+        before += tl.sum(keep, 0)
+
+
+@jit
+def _wanted(TARGET, row, row_count, IGNORED: tl.constexpr):
+    target = tl.load(TARGET + row, mask=row < row_count, other=0).to(tl.int64)
+    return ((target != IGNORED) & (row < row_count)).to(tl.int32)
 
 
 @jit
@@ -285,7 +307,7 @@ def _sums_kernel(
         factor *= tl.load(UPSTREAM + tl.load(ORDER + start + rows, mask=here, other=0), mask=here, other=0.0)
     tl.store(FACTOR + rows, tl.where(here, factor, 0.0), mask=rows < chunk)
     tl.store(AT_CLASS + rows, at_class, mask=here)
-    tl.store(LOSS + start + rows, loss, mask=here & fine)
+    tl.store(LOSS + rows, loss, mask=here & fine)
     tl.store(E + rows.to(tl.int64) * e_step + klass, rounded, mask=here & fine)
     again = here & ~fine
     tl.store(AGAIN + rows, again.to(tl.int32), mask=rows < chunk)
@@ -295,50 +317,54 @@ def _sums_kernel(
 
 @jit
 def _input_gradient_kernel(
-    e_desc, w_desc, PRODUCTS, COUNT, start, chunk, width, classes, SPLITS: tl.constexpr, BM: tl.constexpr,
+    e_desc, w_desc, PRODUCTS, COUNT, start, row_count, width, classes, split_count, BM: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    """PRODUCTS [SPLITS, chunk, width]: parts of e W, each over some of the classes, to be added up."""
-    count = _rows_here(COUNT, start, chunk)
+    """PRODUCTS [split_count, row_count, width]: parts of e W, each over some of the classes, to be added up."""
     across = tl.cdiv(width, BN)
-    number = tl.cdiv(count, BM) * across
-    steps = tl.cdiv(tl.cdiv(classes, BK), SPLITS)
-    for unit in tl.range(tl.program_id(0), number * SPLITS, PROGRAMS):
+    number = tl.cdiv(_rows_here(COUNT, start, row_count), BM) * across
+    steps = tl.cdiv(tl.cdiv(classes, BK), split_count)
+    for unit in tl.range(tl.program_id(0), number * split_count, PROGRAMS):
         split, tile = unit // number, unit % number
         row_start, column_start = tile // across * BM, tile % across * BN
         acc = tl.zeros([BM, BN], tl.float32)
         for step in range(split * steps, (split + 1) * steps):  # zeros behind the last class
             acc = tl.dot(e_desc.load([row_start, step * BK]), w_desc.load([step * BK, column_start]), acc)
         rows, columns = row_start + tl.arange(0, BM), column_start + tl.arange(0, BN)
-        place = (split * chunk + rows).to(tl.int64)[:, None] * width + columns[None, :]
-        tl.store(PRODUCTS + place, acc, mask=(rows < chunk)[:, None] & (columns < width)[None, :])
+        place = (split * row_count + rows).to(tl.int64)[:, None] * width + columns[None, :]
+        tl.store(PRODUCTS + place, acc, mask=(rows < row_count)[:, None] & (columns < width)[None, :])
 
 
 @jit
-def _scale_rows_kernel(
-    PRODUCTS, FACTOR, ORDER, COUNT, GATHERED, DX, start, chunk, width, dx_step, SPLITS: tl.constexpr,
+def _finish_rows_kernel(
+    IN_ORDER, PRODUCTS, FACTOR, ORDER, COUNT, LOSS, GATHERED, DX, start, row_count, width, dx_step, split_count,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row a program: r times the sum of its products goes to its place in DX, and its gathered x is scaled by r.
+    """One row a program: its loss and r times the sum of its products go to their places, its x is scaled by r.
 
     Where r is 0 both are, whatever else was not a number.
     """
     at = tl.program_id(0)
-    wanted = tl.where(start + at < tl.load(COUNT), width, 0)  # no product was made of rows behind the last one
+    there = start + at < tl.load(COUNT)
     row = tl.load(ORDER + start + at).to(tl.int64)
+    tl.store(LOSS + row, tl.load(IN_ORDER + at, mask=there, other=0.0))
     factor = tl.load(FACTOR + at)
-    for column in range(0, width, BLOCK):
-        columns = column + tl.arange(0, BLOCK)
-        mask = columns < width
-        if DX is not None:
+    wanted = tl.where(there, width, 0)  # no product was made of rows behind the last one
+    if DX is not None:
+        for column in range(0, width, BLOCK):
+            columns = column + tl.arange(0, BLOCK)
             total = tl.zeros([BLOCK], tl.float32)
-            for split in range(SPLITS):
-                place = (split * chunk + at).to(tl.int64) * width + columns
+            for split in range(split_count):
+                place = (split * row_count + at).to(tl.int64) * width + columns
                 total += tl.load(PRODUCTS + place, mask=columns < wanted, other=0.0)
-            tl.store(DX + row * dx_step + columns, tl.where(factor == 0, 0.0, total * factor), mask=mask)
-        G = GATHERED + at.to(tl.int64) * width + columns
-        x = tl.load(G, mask=mask).to(tl.float32)
-        tl.store(G, tl.where(factor == 0, 0.0, x * factor), mask=mask)
+            total = tl.where(factor == 0, 0.0, total * factor)
+            tl.store(DX + row * dx_step + columns, total, mask=columns < width)
+    if GATHERED is not None:
+        for column in range(0, width, BLOCK):
+            columns = column + tl.arange(0, BLOCK)
+            G = GATHERED + at.to(tl.int64) * width + columns
+            x = tl.load(G, mask=columns < width).to(tl.float32)
+            tl.store(G, tl.where(factor == 0, 0.0, x * factor), mask=columns < width)
 
 
 @jit

@@ -6,7 +6,7 @@ with z = x, or x after a dropout. The ranks are small: u = s z A^T is kept for b
 
     dx = sum_i dY_i W_i,  dz = sum_i s_i v_i A_i,  dA_i = s_i v_i^T z,  dB_i = dY_i^T u_i.
 
-Where y is large on Hopper, what the branch adds is never a tensor of its own: it is in the sum before y is rounded.
+On Hopper (lora_triton.py) what the branches add is never a tensor of its own: it is in a sum before that is rounded.
 Adapters in float32 beside bfloat16 weights keep float32's precision: a product of bfloat16 with float32 is three of
 bfloat16.
 """
@@ -16,13 +16,15 @@ from torch.autograd.function import once_differentiable
 
 from . import lora_triton
 from .common import ceil_div, no_autocast, on_device, register, traceable
+from .dequantize_4bit import matrix, saved, to_save
 
 
 @traceable
 def lora(x, weights, biases, down, up, scales, *, z=None, matmul_dtype=None, out_dtype=None):
     """The y_i [..., N_i] of x [..., D], as a tuple.
 
-    weights: [N_i, D], frozen. biases: [N_i] or None for each. down: A_i [R_i, D]. up: B_i [N_i, R_i]. scales: numbers.
+    weights: [N_i, D], frozen, or Packed4bit, which are unpacked for forward and again for backward. biases: [N_i] or
+    None for each. down: A_i [R_i, D]. up: B_i [N_i, R_i]. scales: numbers.
     z: what the adapters see if not x, with its shape. matmul_dtype: all operands are cast to it first (what autocast
     does); else x and z are cast to the dtypes of the weights and of the adapters. out_dtype: default, what both promote
     to.
@@ -46,58 +48,51 @@ def lora(x, weights, biases, down, up, scales, *, z=None, matmul_dtype=None, out
 
 
 class _LoRA(torch.autograd.Function):
-    """Made of PyTorch's operators but for `_products_op`, so that Inductor fuses what goes around the products."""
+    """Made of PyTorch's operators and the five products of lora_triton.py, which a compiler looks into, too."""
 
     @staticmethod
     def forward(ctx, count, scales, dtypes, x, z, *parts):
         weights, biases, down, up = (parts[i : i + count] for i in range(0, 4 * count, count))
         frozen, adapter, out = dtypes
         with no_autocast(x):
+            x_rows = _rows(x).to(frozen)
+            seen = x_rows if z is None and frozen is adapter else _rows(x if z is None else z)
             stacked = _stacked(down, scales, adapter)
-            u = _product(_rows(x if z is None else z), stacked.t(), adapter)
-            narrow = frozen if x.is_cuda and frozen is out else adapter
+            u = _narrow(seen, stacked, adapter)
             biases = [b if b is None else b.to(frozen) for b in biases]
-            weights, up = [w.to(frozen) for w in weights], [b.to(narrow) for b in up]
-            outputs = _products(_rows(x).to(frozen), weights, biases, u.to(narrow), up, out)
+            outputs = _products(x_rows, [matrix(w, frozen) for w in weights], biases, u, up, adapter, out)
         ctx.count, ctx.scales, ctx.dtypes = count, scales, dtypes
-        ctx.save_for_backward(x, z, u, *parts[:count], *parts[2 * count :])
+        kept, ctx.packed = to_save(weights)
+        ctx.save_for_backward(seen, u, stacked, *down, *up, *kept)
+        ctx.inputs = [t if t is None else (t.shape, t.dtype) for t in (x, z)]
         ctx.bias_dtypes = [b if b is None else b.dtype for b in parts[count : 2 * count]]
         return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        n, (frozen, adapter, _) = ctx.count, ctx.dtypes
+        n, (frozen, adapter, _), (x, z) = ctx.count, ctx.dtypes, ctx.inputs
         need_dx, need_dz, *rest = ctx.needs_input_grad[3:]
         _, need_bias, need_down, need_up = (rest[i : i + n] for i in range(0, 4 * n, n))
-        x, z, u, *parts = ctx.saved_tensors
-        weights, down, up = (parts[i : i + n] for i in range(0, 3 * n, n))
-        each, seen = u.shape[1] // n, _rows(x if z is None else z)
+        seen, u, stacked, *parts = ctx.saved_tensors
+        down, up, weights = parts[:n], parts[n : 2 * n], saved(parts[2 * n :], ctx.packed)
         grads = [_rows(g) for g in grads]
-        dx = dz = None
+        dx = dz = v = None
         ddown = dup = [None] * n
-        with no_autocast(x):
-            if any(need_down) or (need_dx if z is None else need_dz):
-                v = [_padded(_product(g, b.to(adapter), adapter), each) for g, b in zip(grads, up, strict=True)]
-                v = torch.cat(v, 1) if n > 1 else v[0]
-                stacked = _stacked(down, ctx.scales, adapter)
-            if any(need_up):
-                branches = [u[:, i * each : i * each + b.shape[1]] for i, b in enumerate(up)]
-                dup = [_product(g.t(), t, adapter).to(b.dtype) for g, t, b in zip(grads, branches, up, strict=True)]
+        with no_autocast(seen):
+            need_v = any(need_down) or (need_dx if z is None else need_dz)
+            if need_v or any(need_up):
+                v, dup = _adapter_gradients(grads, up, u, adapter, need_v, any(need_up))
             if any(need_down):
-                every = _product(seen.t(), v, adapter).t()
-                parts = [every[i * each : i * each + len(a)] for i, a in enumerate(down)]
-                ddown = [(d * s).to(a.dtype) for d, s, a in zip(parts, ctx.scales, down, strict=True)]
+                each, every = u.shape[1] // n, _tall(seen, v, adapter)
+                branches = [every[i * each : i * each + len(a)] for i, a in enumerate(down)]
+                ddown = [(d * s).to(a.dtype) for d, s, a in zip(branches, ctx.scales, down, strict=True)]
             if need_dx:
-                total = torch.mm(grads[0].to(frozen), weights[0].to(frozen))
-                for g, w in zip(grads[1:], weights[1:], strict=True):
-                    total = _plus_product(total, g.to(frozen), w.to(frozen))
-                if z is None:
-                    wide = adapter if not x.is_cuda else frozen
-                    total = _plus_product(total.to(wide), v.to(wide), stacked.to(wide))
-                dx = total.to(x.dtype).view(x.shape)
+                weights = [matrix(w, frozen, after=g) for w, g in zip(weights, grads, strict=True)]
+                branch = (v, stacked) if z is None else (None, None)
+                dx = _input_gradient(grads, weights, *branch, frozen).to(x[1]).view(x[0])
             if need_dz:
-                dz = _product(v, stacked, adapter).to(z.dtype).view(z.shape)
+                dz = _product(v, stacked, adapter).to(z[1]).view(z[0])
         dbiases = [
             g.sum(0).to(dtype) if need else None
             for g, need, dtype in zip(grads, need_bias, ctx.bias_dtypes, strict=True)
@@ -122,7 +117,7 @@ def _stacked(down, scales, dtype):
     each = ceil_div(max(a.shape[0] for a in down), 16) * 16
     scaled = [a.to(dtype) * s for a, s in zip(down, scales, strict=True)]
     scaled = [a if len(a) == each else torch.nn.functional.pad(a, (0, 0, 0, each - len(a))) for a in scaled]
-    return torch.cat(scaled) if len(scaled) > 1 else scaled[0]
+    return torch.cat(scaled) if len(scaled) > 1 else scaled[0].contiguous()
 
 
 def _product(wide, narrow, dtype):
@@ -149,12 +144,31 @@ def _plus_product(total, a, b):
     return total.addmm_(a, b) if type(total) is torch.Tensor else total + torch.mm(a, b)
 
 
-def _products(x, weights, biases, u, up, out):
-    """The y_i [T, N_i] of x [T, D] and weights in one dtype, u and the B_i in another one that is as wide or wider."""
-    # A second pass over y costs 560 / D of the product on an H100: much where D is small. A small y is not worth it.
-    if x.is_cuda and x.dtype is u.dtype is out and x.shape[1] <= 6144 and sum(len(w) for w in weights) >= 4096:
-        return _products_op(x, weights, biases, u, up)
-    return _products_apart(x, weights, biases, u, up, out)
+def _all_bfloat16(*tensors):
+    """Whether the operators with kernels are worth calling: on a GPU in bfloat16."""
+    return all(t.is_cuda and t.dtype is torch.bfloat16 for t in tensors)
+
+
+def _narrow(x, down, dtype):
+    return _narrow_op(x, down) if _all_bfloat16(x, down) else _product(x, down.t(), dtype)
+
+
+def _narrow_implementation(x, down):
+    if not lora_triton.suits(x, down, each=len(down)):
+        return torch.mm(x, down.t())
+    with on_device(x):
+        return lora_triton.narrow(x, down)
+
+
+def _products(x, weights, biases, u, up, adapter, out):
+    """The y_i [T, N_i] of x [T, D] and the weights in one dtype, u and the B_i in another one that is as wide or wider.
+
+    Kernels for a small y are not worth it, nor is anything lost by a second pass over it where D is large.
+    """
+    if _all_bfloat16(x, u, *weights) and out is torch.bfloat16 and sum(len(w) for w in weights) >= 1024:
+        return _products_op(x, weights, biases, u, [b.to(adapter) for b in up])
+    narrow = x.dtype if x.is_cuda and x.dtype is out else adapter
+    return _products_apart(x, weights, biases, u.to(narrow), [b.to(narrow) for b in up], out)
 
 
 def _products_apart(x, weights, biases, u, up, out):
@@ -166,15 +180,109 @@ def _products_apart(x, weights, biases, u, up, out):
     return outputs
 
 
-def _products_in_one(x, weights, biases, u, up):
-    if not lora_triton.suits(x, weights, [b.shape[1] for b in up]):
+def _products_implementation(x, weights, biases, u, up):
+    each, even = u.shape[1] // len(weights), all(len(w) % 8 == 0 for w in weights)
+    if not (even and len(weights) <= lora_triton.MOST_BRANCHES and lora_triton.suits(x, *weights, each=each)):
         return _products_apart(x, weights, biases, u, up, x.dtype)
     with on_device(x):
-        return lora_triton.products(x, weights, biases, u, [b.contiguous() for b in up])
+        return lora_triton.products(x, weights, biases, u, [b.contiguous() for b in up], each)
+
+
+def _adapter_gradients(grads, up, u, dtype, need_v, need_up):
+    """(v [T, branches * R], the dB_i) of what is needed of the two."""
+    if need_v and need_up and _all_bfloat16(u, *grads) and dtype is torch.bfloat16:
+        v, *dup = _gradients_op(grads, [b.to(dtype) for b in up], u)
+        return v, [d.to(b.dtype) for d, b in zip(dup, up, strict=True)]
+    v, dup = _gradients_apart(grads, up if need_v else [], u, dtype, [len(b.t()) for b in up] if need_up else [])
+    return v, [d.to(b.dtype) for d, b in zip(dup, up, strict=True)] if need_up else [None] * len(up)
+
+
+def _gradients_apart(grads, up, u, dtype, ranks):
+    each, v, dup = u.shape[1] // len(grads), None, []
+    if up:
+        v = [_padded(_product(g, b.to(dtype), dtype), each) for g, b in zip(grads, up, strict=True)]
+        v = torch.cat(v, 1) if len(v) > 1 else v[0]
+    for i, rank in enumerate(ranks):
+        dup.append(_product(grads[i].t(), u[:, i * each : i * each + rank], dtype))
+    return v, dup
+
+
+def _gradients_implementation(grads, up, u):
+    each = u.shape[1] // len(grads)
+    fits = len(grads) <= lora_triton.MOST_BRANCHES and lora_triton.suits(u, *grads, each=each)
+    if not fits:
+        v, dup = _gradients_apart(grads, up, u, u.dtype, [b.shape[1] for b in up])
+        return [v, *dup]
+    with on_device(u):
+        v, dup = lora_triton.gradients(grads, [b.contiguous() for b in up], u, each)
+        return [v, *dup]
+
+
+def _tall(x, v, dtype):
+    """v^T x [R, D]."""
+    return _tall_op(x, v) if _all_bfloat16(x, v) else _product(x.t(), v, dtype).t()
+
+
+def _tall_implementation(x, v):
+    if not lora_triton.suits(x, v, each=v.shape[1]):
+        return torch.mm(x.t(), v).t().float()
+    with on_device(x):
+        return lora_triton.tall(x, v)
+
+
+def _input_gradient(grads, weights, v, down, dtype):
+    """sum of dY_i W_i, plus v down where there is one, [T, D] in the dtype of the weights or of v."""
+    if _all_bfloat16(*grads, *weights) and (v is None or v.dtype is torch.bfloat16):
+        return _input_gradient_op(grads, weights, v, down)
+    return _input_gradient_apart([g.to(dtype) for g in grads], weights, v, down)
+
+
+def _input_gradient_apart(grads, weights, v, down):
+    total = torch.mm(grads[0], weights[0])
+    for g, w in zip(grads[1:], weights[1:], strict=True):
+        total = _plus_product(total, g, w)
+    if v is None:
+        return total
+    wide = total.dtype if total.is_cuda else v.dtype
+    return _plus_product(total.to(wide), v.to(wide), down.to(wide))
+
+
+def _input_gradient_implementation(grads, weights, v, down):
+    branch = () if v is None else (v, down)
+    fits = len(grads) <= lora_triton.MOST_BRANCHES and weights[0].shape[1] % 8 == 0
+    if not (fits and lora_triton.suits(*grads, *weights, *branch, each=0 if v is None else v.shape[1] // len(grads))):
+        return _input_gradient_apart(grads, weights, v, down)
+    with on_device(grads[0]):
+        return lora_triton.input_gradient(grads, weights, v, down)
 
 
 _products_op = register(
     "lora_products(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor u, Tensor[] up) -> Tensor[]",
-    _products_in_one,
+    _products_implementation,
     lambda x, weights, biases, u, up: [x.new_empty((x.shape[0], w.shape[0])) for w in weights],
+    traced=True,
+)
+_narrow_op = register(
+    "lora_narrow(Tensor x, Tensor down) -> Tensor",
+    _narrow_implementation,
+    lambda x, down: x.new_empty((x.shape[0], down.shape[0])),
+    traced=True,
+)
+_gradients_op = register(
+    "lora_gradients(Tensor[] grads, Tensor[] up, Tensor u) -> Tensor[]",
+    _gradients_implementation,
+    lambda grads, up, u: [torch.empty_like(u), *(b.new_empty(b.shape) for b in up)],
+    traced=True,
+)
+_tall_op = register(
+    "lora_tall(Tensor x, Tensor v) -> Tensor",
+    _tall_implementation,
+    lambda x, v: x.new_empty((x.shape[1], v.shape[1]), dtype=torch.float32).t(),
+    traced=True,
+)
+_input_gradient_op = register(
+    "lora_input_gradient(Tensor[] grads, Tensor[] weights, Tensor? v, Tensor? down) -> Tensor",
+    _input_gradient_implementation,
+    lambda grads, weights, v, down: grads[0].new_empty((grads[0].shape[0], weights[0].shape[1])),
+    traced=True,
 )

@@ -20,6 +20,7 @@ from .common import (
     compute_dtype,
     empty_sum,
     jit,
+    launch,
     load_sum,
     memory_order,
     no_autocast,
@@ -366,7 +367,7 @@ def _forward_triton(x, residual, weight, eps, offset, scale, floor, outside, rou
     count = x.numel() // width
     ROWS, COLUMNS, warps = tile(width)
     with on_device(x):
-        _forward_kernel[(ceil_div(count, ROWS),)](
+        launch(_forward_kernel, ceil_div(count, ROWS))(
             x_rows, r_rows, s_rows, weight, y.rows, rstd.rows, count, width, *x_layout, *r_layout,
             EPS=eps, OFFSET=offset, SCALE=scale, FLOOR=floor, OUTSIDE=outside, RESIDUAL=residual is not None,
             WEIGHT=weight is not None, ROUND=round_before_weight, ACC=triton_dtype(compute),
@@ -398,16 +399,16 @@ def _backward_triton(dy, ds, x, weight, rstd, offset, scale, floor, outside, rou
     sizes = (count, width, *dy_layout, *s_layout, *x_layout)
     with on_device(x):
         if width <= COLUMNS:
-            _backward_kernel[(programs,)](
+            launch(_backward_kernel, programs)(
                 dy, s, x, weight, rstd, dx.rows, partial if need_dw else None, *sizes,
                 ROUND=round_before_weight, NEED_DX=need_dx, NEED_DW=need_dw, ROWS=ROWS, **scaled, **flags,
             )  # fmt: skip
         else:
             if need_dx:
-                _backward_wide_kernel[(count,)](dy, s, x, weight, rstd, dx.rows, *sizes, **scaled, **flags)
+                launch(_backward_wide_kernel, count)(dy, s, x, weight, rstd, dx.rows, *sizes, **scaled, **flags)
             if need_dw:
                 grid, sizes = (programs, ceil_div(width, COLUMNS)), (count, width, *dy_layout, *x_layout)
-                _weight_wide_kernel[grid](dy, x, rstd, partial, *sizes, ROUND=round_before_weight, **flags)
+                launch(_weight_wide_kernel, *grid)(dy, x, rstd, partial, *sizes, ROUND=round_before_weight, **flags)
     return dx.finish(), partial.sum(0).to(weight.dtype) if need_dw else dw
 
 
@@ -418,15 +419,18 @@ _forward_op = register(
     f"rms_norm_forward(Tensor x, Tensor? weight, {_OPTIONS}) -> (Tensor, Tensor)",
     _forward,
     _forward_fake,
+    traced=True,
 )
 _add_forward_op = register(
     f"add_rms_norm_forward(Tensor x, Tensor residual, Tensor? weight, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     _add_forward,
     _add_forward_fake,
+    traced=True,
 )
 _backward_op = register(
     "rms_norm_backward(Tensor dy, Tensor? ds, Tensor x, Tensor? weight, Tensor rstd, float offset, float scale, "
     "float floor, float outside, bool round_before_weight, bool need_dx, bool need_dw) -> (Tensor, Tensor)",
     _backward,
     _backward_fake,
+    traced=True,
 )

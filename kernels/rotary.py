@@ -22,6 +22,7 @@ from .common import (
     collapse,
     compute_dtype,
     jit,
+    launch,
     memory_order,
     next_power_of_2,
     no_autocast,
@@ -249,7 +250,7 @@ def _launch(work, cos, sin, interleaved, out_interleaved, transpose):
     if sum(programs) == 0:
         return
     with on_device(cos):
-        _rotary_kernel[(sum(programs),)](
+        launch(_rotary_kernel, sum(programs))(
             *arguments[0], *arguments[-1], half, programs[0], PAIR=len(work) == 2, TRANSPOSE=transpose,
             X_PAIRS=out_interleaved if transpose else interleaved,
             OUT_PAIRS=interleaved if transpose else out_interleaved, T_PAIRS=interleaved,
@@ -265,4 +266,5 @@ _rotary_op = register(
     "ScalarType q_dtype, ScalarType k_dtype, SymInt[]? q_strides, SymInt[]? k_strides) -> (Tensor, Tensor)",
     _implementation,
     _fake,
+    traced=True,
 )

@@ -186,12 +186,12 @@ class CrossEntropy(Pattern):
 def _why_logits(value: Value) -> dict:
     """What makes the logits, where that is no linear head: why they are there at all.
 
-    An adapter on the head adds another product to its result; a head in 4 bits is an operator that is not PyTorch's.
+    An adapter on the head adds another product to its result; a head in 4 bits is unpacked as a whole, once.
     """
     while value.inputs and (value.op in (*TRANSPARENT, "opaque:getitem", "mul", "tanh") or is_row_operator(value)):
         value = max(value.inputs, key=lambda v: v.meta.numel() if v.meta else 0)
     if value.op in HEADS:
-        return {}
+        return {"logits": "kept: a head in 4 bits"} if value.inputs[1].op == "dequantize_4bit" else {}
     if value.op == "add" and any(_is_product(v) for v in value.inputs):
         return {"logits": "kept: a sum of products"}
     if value.op == "input":

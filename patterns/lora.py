@@ -1,7 +1,7 @@
 """Low-rank adapters of a frozen linear layer (Hu et al., "LoRA", 2021): `x W^T + b + scale * (z A^T) B^T`.
 
 z is x, or x after a dropout, which stays where it is. Several adapters of one layer that see the same z are one of the
-sum of their ranks. Layers that share their input become one call.
+sum of their ranks. Layers that share their input become one call. W is a matrix, or in 4 bits (QLoRA).
 """
 
 from __future__ import annotations
@@ -11,14 +11,22 @@ from collections import defaultdict
 
 import torch
 
+from rewriter.kernels.dequantize_4bit import Packed4bit
 from rewriter.kernels.lora import lora as kernel
+from rewriter.meta import TensorMeta
 from rewriter.pattern import Call, Match, Pattern
+from rewriter.patterns import linear_4bit as four_bits
 from rewriter.patterns.lora_forms import FORMS
 from rewriter.patterns.lora_lookalikes import LOOKALIKES, why_not
 from rewriter.shadow import Value, is_row_operator
 
 MOST_BRANCHES, MOST_RANK = 3, 256
-ALONE = ("weight", "bias", "gain", "divisor", "middle", "up_bias")  # holes of which a layer has one
+ALONE = ("bias", "gain", "divisor", "middle", "up_bias")  # holes of which a layer has one, if at all
+
+
+def weight_of(match: Match) -> TensorMeta | Packed4bit:
+    """Shape, dtype and more of the weight of a match."""
+    return four_bits.weight_of(match) if "packed" in match.tensors else match.meta("weight")
 
 
 class LoRA(Pattern):
@@ -32,12 +40,20 @@ class LoRA(Pattern):
     def why_not(self, match: Match) -> str | None:
         return why_not(match)
 
+    def sample(self, match, name, shapes, generator):
+        return four_bits.sample(match, name, shapes, generator)
+
+    def cut(self, match, longest):
+        return four_bits.cut(match, longest) if "packed" in match.tensors else None
+
     def check(self, match: Match) -> str | None:
-        weight, root = match.meta("weight"), match.root.meta
+        if "packed" in match.tensors and (reason := four_bits.why_not(match)) is not None:
+            return reason
+        weight, root = weight_of(match), match.root.meta
         matrices = [match.meta(name) for name in _numbered(match, "down", "up")]
         if weight.requires_grad:
             return "the layer's own weight is trained"
-        if any(m.ndim != 2 or not all(m.static) for m in (weight, *matrices)):
+        if any(len(m.shape) != 2 or not all(m.static) for m in (weight, *matrices)):
             return f"weight and adapters have shapes {', '.join(str(list(m.shape)) for m in (weight, *matrices))}"
         if any(v.op == "slice" for _, _, passed in match.passed for v in passed):
             return "only a part of the rows goes through the adapter"
@@ -51,7 +67,9 @@ class LoRA(Pattern):
             return f"the rank of the adapter is {rank}"
         if len(set(match.rounded.values())) > 1:
             return "autocast rounds its operands to different dtypes"
-        if "bias" in match.tensors and match.meta("bias").shape != (_layout(match)[0],):
+        if "packed" in match.tensors and match.rounded and weight.dtype not in match.rounded.values():
+            return f"autocast rounds to {next(iter(match.rounded.values()))}, its weight is used in {weight.dtype}"
+        if "bias" in match.tensors and match.meta("bias").shape != (weight.shape[match.variant["by_columns"]],):
             return f"the bias has shape {list(match.meta('bias').shape)}"
         if len({m.dtype for m in matrices}) > 1 and not match.rounded:
             return "the matrices of the adapter differ in dtype"
@@ -63,7 +81,8 @@ class LoRA(Pattern):
     def group(self, matches: list[Match]) -> list[tuple[Match, ...]]:
         groups = defaultdict(list)
         for match in matches:
-            dtypes = tuple(match.meta(n).dtype for n in ("weight", _numbered(match, "down")[0]))
+            down = match.meta(_numbered(match, "down")[0])
+            dtypes = weight_of(match).dtype, down.dtype, "packed" in match.tensors
             form = match.root.meta.dtype, match.root.meta.shape[:-1], tuple(match.rounded.values())[:1]
             groups[tuple(v.number for v in _inputs(match)[:2]), dtypes, form].append(match)
         return [
@@ -77,7 +96,7 @@ class LoRA(Pattern):
         x, z, *_ = _inputs(first)
         options = {
             "scales": tuple(_scales(match) for match in matches),
-            "forms": tuple((_layout(match), match.variant["transposed"]) for match in matches),
+            "forms": tuple((match.variant["by_columns"], match.variant["transposed"]) for match in matches),
             "matmul_dtype": next(iter(first.rounded.values()), None),
             "out_dtype": first.root.meta.dtype,
         }
@@ -86,10 +105,9 @@ class LoRA(Pattern):
             note["adapters"] = len(_ranks(first))
         if {"gain", "divisor", "middle"} & first.tensors.keys():
             note["factors"] = "tensors"
-        function = adapted if len(matches) > 1 else adapted_one
-        return Call(
-            function, (x.node, None if z.number == x.number else z.node, tuple(map(_tensors, matches))), options, note
-        )
+        weights = tuple(weight_of(m) if "packed" in m.tensors else m["weight"] for m in matches)
+        tensors = x.node, None if z.number == x.number else z.node, weights, tuple(map(_others, matches))
+        return Call(adapted if len(matches) > 1 else adapted_one, tensors, options, note)
 
 
 def _numbered(match: Match, *names: str) -> list[str]:
@@ -116,21 +134,15 @@ def _scales(match: Match) -> tuple[float, ...]:
     return tuple(math.prod(match.consts.get(f"{p}{i}", 1.0) for p in places) for i in range(len(_ranks(match))))
 
 
-def _layout(match: Match) -> tuple[int, bool]:
-    """How many features the layer gives, and whether they are the columns of its weight."""
-    columns = match.variant["by_columns"]
-    return match.meta("weight").shape[1 if columns else 0], columns
-
-
-def _tensors(match: Match) -> dict:
+def _others(match: Match) -> dict:
     given = {name: match[name] for name in ALONE if name in match.tensors}
     return given | {name: tuple(match[hole] for hole in _numbered(match, name)) for name in ("down", "up")}
 
 
-def adapted(x, z, layers, *, scales, forms, matmul_dtype, out_dtype):
-    weights, biases, downs, ups, factors = [], [], [], [], []
-    for layer, own, ((_, by_columns), transposed) in zip(layers, scales, forms, strict=True):
-        weights.append(layer["weight"].t() if by_columns else layer["weight"])
+def adapted(x, z, weights, layers, *, scales, forms, matmul_dtype, out_dtype):
+    weights = [w.t() if by_columns else w for w, (by_columns, _) in zip(weights, forms, strict=True)]
+    biases, downs, ups, factors = [], [], [], []
+    for layer, own, (_, transposed) in zip(layers, scales, forms, strict=True):
         down, up = layer["down"], layer["up"]
         if transposed:
             down, up = [a.t() for a in down], [b.t() for b in up]

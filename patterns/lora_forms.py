@@ -13,10 +13,18 @@ import torch
 from torch.nn import functional as F
 
 from rewriter.pattern import Reference
+from rewriter.patterns import linear_4bit as four_bits
 
 X, WEIGHT, BIAS, DOWN, UP = (3, 8), (12, 8), (12,), (2, 8), (12, 2)
 MOST_ADAPTERS = 4  # of one layer
 NUMBERS = ("before", "between", "after")
+# What the weight is made of, and for those in 4 bits the layer alone, which every graph with one of them has.
+WEIGHTS = {
+    "matrix": ({"weight": WEIGHT}, None),
+    "columns": ({"weight": WEIGHT[::-1]}, None),
+    "4 bits": (four_bits.PLAIN, four_bits.PATTERN.references[0]),
+    "4 bits, nested": (four_bits.NESTED, four_bits.PATTERN.references[2]),
+}
 
 
 def base(x, weight, *bias, by_columns=False):
@@ -32,8 +40,17 @@ def branch(z, down, up, *up_bias, transposed=False, before=1.0, between=1.0, aft
     return F.linear(F.linear(z * before, down) * between, up, *up_bias) * after
 
 
-def _examples(bias: bool, by_columns: bool) -> dict:
-    return {"weight": WEIGHT[::-1] if by_columns else WEIGHT, **({"bias": BIAS} if bias else {})}
+def _layer(x, rest, weights: str, bias: bool) -> tuple:
+    """The layer's result, and the tensors that are not its own."""
+    parts, whole = WEIGHTS[weights]
+    tensors, rest = rest[: len(parts)], rest[len(parts) :]
+    own, rest = (rest[:1], rest[1:]) if bias else ((), rest)
+    weight = tensors[0] if whole is None else four_bits.example_weight(tensors)
+    return base(x, weight, *own, by_columns=weights == "columns"), rest
+
+
+def _examples(bias: bool, weights: str = "matrix") -> dict:
+    return {"x": X, **WEIGHTS[weights][0], **({"bias": BIAS} if bias else {})}
 
 
 def _of(numbers: dict, i: int) -> dict:
@@ -45,49 +62,50 @@ def _adapters(count: int, transposed: bool = False) -> dict:
     return {f"{name}{i}": shape for i in range(count) for name, shape in (("z", X), ("down", a), ("up", b))}
 
 
-def _reference(fn: Callable, inputs: dict, count: int = 1, extends: Reference | None = None, **variant) -> Reference:
-    numbers = tuple(f"{place}{i}" for i in range(count) for place in NUMBERS)
-    variant = {"transposed": False, "by_columns": False, **variant}
-    return Reference(fn, inputs, numbers, variant, extends, numbers)
+def _reference(fn: Callable, inputs: dict, numbers: tuple, weights: str = "matrix", transposed=False) -> Reference:
+    variant = {"transposed": transposed, "by_columns": weights == "columns"}
+    return Reference(fn, inputs, numbers, variant, WEIGHTS[weights][1], numbers)
 
 
-def _summed(count: int, bias: bool, by_columns: bool, transposed: bool, adapters_first: bool = False) -> Reference:
+def _numbers(count: int) -> tuple[str, ...]:
+    return tuple(f"{place}{i}" for i in range(count) for place in NUMBERS)
+
+
+def _summed(count: int, bias: bool, weights="matrix", transposed=False, adapters_first=False) -> Reference:
     """The layer's result and those of its adapters, added up one after the other."""
 
-    def adapted(x, weight, *rest, **numbers):
-        own, rest = (rest[:1], rest[1:]) if bias else ((), rest)
+    def adapted(x, *rest, **numbers):
+        layer, rest = _layer(x, rest, weights, bias)
         each = zip(*(rest[i::3] for i in range(3)), strict=True)
         terms = [branch(*t, transposed=transposed, **_of(numbers, i)) for i, t in enumerate(each)]
-        layer = base(x, weight, *own, by_columns=by_columns)
         return layer + sum(terms[1:], terms[0]) if adapters_first else sum(terms, layer)
 
-    inputs = {"x": X, **_examples(bias, by_columns), **_adapters(count, transposed)}
-    return _reference(adapted, inputs, count, transposed=transposed, by_columns=by_columns)
+    inputs = {**_examples(bias, weights), **_adapters(count, transposed)}
+    return _reference(adapted, inputs, _numbers(count), weights, transposed)
 
 
-def _with_factors(bias: bool, names: tuple[str, ...]) -> Reference:
+def _with_factors(bias: bool, names: tuple[str, ...], weights="matrix") -> Reference:
     """The adapter times tensors, or by one: a scale that trains, or one for each feature of either matrix."""
 
-    def adapted(x, weight, *rest, **numbers):
-        own, (z, down, up, *rest) = (rest[:1], rest[1:]) if bias else ((), rest)
+    def adapted(x, *rest, **numbers):
+        layer, (z, down, up, *rest) = _layer(x, rest, weights, bias)
         factors, numbers = dict(zip(names, rest, strict=True)), _of(numbers, 0)
         u = F.linear(z * numbers["before"], down) * numbers["between"]
         y = F.linear(u * factors["middle"] if "middle" in factors else u, up) * numbers["after"]
         y = y / factors["divisor"] if "divisor" in factors else y
-        return base(x, weight, *own) + (y * factors["gain"] if "gain" in factors else y)
+        return layer + (y * factors["gain"] if "gain" in factors else y)
 
     shapes = {"middle": UP[1:], "gain": BIAS, "divisor": BIAS}
-    inputs = {"x": X, **_examples(bias, False), **_adapters(1), **{name: shapes[name] for name in names}}
-    return _reference(adapted, inputs)
+    inputs = {**_examples(bias, weights), **_adapters(1), **{name: shapes[name] for name in names}}
+    return _reference(adapted, inputs, _numbers(1), weights)
 
 
 def _with_own_bias(bias: bool) -> Reference:
-    def adapted(x, weight, *rest, after0):
-        own, (z, down, up, up_bias) = (rest[:1], rest[1:]) if bias else ((), rest)
-        return base(x, weight, *own) + branch(z, down, up, up_bias, after=after0)
+    def adapted(x, *rest, after0):
+        layer, (z, down, up, up_bias) = _layer(x, rest, "matrix", bias)
+        return layer + branch(z, down, up, up_bias, after=after0)
 
-    inputs = {"x": X, **_examples(bias, False), **_adapters(1), "up_bias": BIAS}
-    return Reference(adapted, inputs, ("after0",), {"transposed": False, "by_columns": False}, None, ("after0",))
+    return _reference(adapted, {**_examples(bias), **_adapters(1), "up_bias": BIAS}, ("after0",))
 
 
 def _in_the_weight(bias: bool) -> Reference:
@@ -97,32 +115,30 @@ def _in_the_weight(bias: bool) -> Reference:
         own, (down, up) = (rest[:1], rest[1:]) if bias else ((), rest)
         return F.linear(x, weight + torch.matmul(up * before0, down) * after0, *own)
 
-    inputs = {"x": X, **_examples(bias, False), "down0": DOWN, "up0": UP}
-    numbers = ("before0", "after0")
-    return Reference(adapted, inputs, numbers, {"transposed": False, "by_columns": False}, None, numbers)
+    return _reference(adapted, {**_examples(bias), "down0": DOWN, "up0": UP}, ("before0", "after0"))
 
 
 def _multiplied_out(bias: bool, transposed: bool) -> Reference:
     """Both matrices are multiplied before anything else is."""
 
-    def adapted(x, weight, *rest, between0, after0):
-        own, (z, down, up) = (rest[:1], rest[1:]) if bias else ((), rest)
+    def adapted(x, *rest, between0, after0):
+        layer, (z, down, up) = _layer(x, rest, "matrix", bias)
         if transposed:
-            return base(x, weight, *own) + torch.matmul(z, torch.matmul(down, up) * between0) * after0
-        return base(x, weight, *own) + F.linear(z, torch.matmul(up, down) * between0) * after0
+            return layer + torch.matmul(z, torch.matmul(down, up) * between0) * after0
+        return layer + F.linear(z, torch.matmul(up, down) * between0) * after0
 
-    inputs = {"x": X, **_examples(bias, False), **_adapters(1, transposed)}
-    numbers = ("between0", "after0")
-    return Reference(adapted, inputs, numbers, {"transposed": transposed, "by_columns": False}, None, numbers)
+    inputs = {**_examples(bias), **_adapters(1, transposed)}
+    return _reference(adapted, inputs, ("between0", "after0"), transposed=transposed)
 
 
 BOTH = (False, True)
 FACTORS = (("gain",), ("middle",), ("gain", "middle"), ("divisor",))
 FORMS = (
-    *(_summed(*form) for form in itertools.product((1, 2), BOTH, BOTH, BOTH)),
-    *(_summed(count, bias, False, False) for count in range(3, MOST_ADAPTERS + 1) for bias in BOTH),
-    *(_summed(count, bias, False, False, True) for count in (2, 3) for bias in BOTH),
+    *(_summed(*form) for form in itertools.product((1, 2), BOTH, WEIGHTS, BOTH)),
+    *(_summed(count, bias) for count in range(3, MOST_ADAPTERS + 1) for bias in BOTH),
+    *(_summed(count, bias, adapters_first=True) for count in (2, 3) for bias in BOTH),
     *(_with_factors(bias, names) for bias in BOTH for names in FACTORS),
+    *(_with_factors(bias, ("gain",), weights) for bias in BOTH for weights in ("4 bits", "4 bits, nested")),
     *(_with_own_bias(bias) for bias in BOTH),
     *(_in_the_weight(bias) for bias in BOTH),
     *(_multiplied_out(*form) for form in itertools.product(BOTH, BOTH)),

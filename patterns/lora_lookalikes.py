@@ -57,6 +57,10 @@ def _is_frozen(match: Match, name: str = "weight") -> bool:
     return not match.meta(name).requires_grad
 
 
+def _is_frozen_value(value: Value) -> bool:
+    return value.meta is not None and not value.meta.requires_grad
+
+
 def _narrow(match: Match) -> bool:
     rank = match.meta("up").shape[-1]
     return match.meta("up").ndim == 2 and 2 * rank <= min(match.meta("up").shape[0], match.meta("weight").shape[-1])
@@ -98,7 +102,7 @@ def _what_it_is_added_to(match: Match) -> str | None:
     if "autograd_function" in value.op or "::" in value.op:
         return f"the layer's own product is made by {value.op.removeprefix('opaque:')}"
     layers = [v for v in map(_plain, value.inputs) if v.op == "linear"] if value.op == "add" else []
-    if len(layers) == 1 and not layers[0].inputs[1].meta.requires_grad:
+    if len(layers) == 1 and _is_frozen_value(layers[0].inputs[1]):
         return "something else is added to what the layer gives before the adapter is"
     return None
 
@@ -108,7 +112,7 @@ def _what_is_joined(match: Match) -> str | None:
     parts = [_plain(match.tensors[name]) for name in match.reference.inputs if name != "y"]
     factors = [[v for v in part.inputs if v.op != "const"][0] if part.op == "mul" else part for part in parts]
     of_two = any(f.op in PRODUCTS and _plain(f.inputs[0]).op in PRODUCTS for f in map(_plain, factors))
-    if not of_two or layer.op not in PRODUCTS or layer.inputs[1].meta.requires_grad:
+    if not of_two or layer.op not in PRODUCTS or not _is_frozen_value(layer.inputs[1]):
         return None
     return "each adapter is added to a part of what its layer gives"
 

@@ -109,11 +109,17 @@ class Legality:
             node = todo.pop()
             if node in seen or node in stops or isinstance(example(node), torch.SymInt):
                 continue
-            if node.op != "call_function" or isinstance(node.target, torch._ops.HigherOrderOperator):
+            if node.op != "call_function" or not self._can_be_taken(node):
                 raise Illegal(f"{node.name} lies inside the match but is not one of its inputs", node)
             seen.add(node)
-            todo.extend(node.all_input_nodes)
+            todo.extend(n for n in node.all_input_nodes if n.op != "get_attr")
         return tuple(sorted(seen, key=self.position.__getitem__))
+
+    def _can_be_taken(self, node: fx.Node) -> bool:
+        """Of higher-order operators, those that the shadow looks into."""
+        if not isinstance(node.target, torch._ops.HigherOrderOperator):
+            return True
+        return node.meta.get("forward") is not None and not self.shadow.of[node].op.startswith("opaque:")
 
     def _check_inside(self, covered: tuple[fx.Node, ...]) -> None:
         states = set()
@@ -223,7 +229,7 @@ def draws_random_numbers(node: fx.Node) -> bool:
     if node.op not in ("call_function", "call_method", "call_module"):
         return False
     if not isinstance(node.target, torch._ops.OpOverload):
-        return node.target is not operator.getitem
+        return node.target is not operator.getitem and node.meta.get("forward") is None
     if node.target is torch.ops.aten.dropout.default:
         return bool(node.args[1]) and bool(node.args[2])
     if node.target is torch.ops.aten.scaled_dot_product_attention.default:

@@ -20,6 +20,7 @@ BUILT_IN = (
     "layer_norm",
     "rotary",
     "glu",
+    "linear_4bit",
 )
 # Known, but applied only if `patterns` names them: faster on a GPU that is busy, slower where the host is what limits.
 ON_REQUEST = ("lora",)

@@ -1,7 +1,8 @@
 """Lower a Dynamo graph (torch functions and methods) to pre-dispatch ATen, node by node.
 
 Node by node, because tracing a whole graph runs through higher-order operators: activation checkpointing fails and
-`autograd_function_apply` is inlined without its backward. Those stay as they are; checkpointed bodies are lowered too.
+`autograd_function_apply` is inlined without its backward. Those stay as they are; checkpointed bodies are lowered too,
+and what an autograd.Function computes forward is noted beside it (functions.py).
 A node that can't be lowered stays as it is and is opaque to the patterns.
 """
 
@@ -20,6 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from rewriter.einsum import einsum
+from rewriter.functions import APPLY, forward_of
 from rewriter.log import log
 from rewriter.meta import example, set_example, tensor_meta
 
@@ -69,6 +71,8 @@ class Lowering:
             copy.meta = dict(node.meta)
             set_example(copy, example(node))
             copy.meta["ambient"] = ambient()
+            if node.target is APPLY:
+                copy.meta["forward"] = forward_of(self, gm, node)
             return copy
         operands = iter(_operands(node, new))
         local: dict[fx.Node, Any] = {}

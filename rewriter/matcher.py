@@ -16,7 +16,7 @@ from rewriter.shadow import Shadow, Value, is_row_operator, zeroed_in_part
 
 BUDGET = 4000  # goals tried for one candidate
 # Operators whose attributes a pattern reads from the match instead of asking for its own.
-FREE_ATTRS = {"cross_entropy", "token_loss", "attention", "reshape", "expand"}
+FREE_ATTRS = {"cross_entropy", "token_loss", "attention", "reshape", "expand", "dequantize_4bit"}
 MAX_ROOTS = 32  # candidates climbed to from one anchor
 
 

@@ -110,8 +110,6 @@ def zeroed_in_part(value: Value) -> Value | None:
 
 def build_shadow(graph: fx.Graph, unstable: frozenset[fx.Node] = frozenset()) -> Shadow:
     """The shadow of an ATen graph. `unstable`: nodes whose value changes in place; they are never shared."""
-    from rewriter.canonical import canonical_value
-
     shadow = Shadow()
     for node in graph.nodes:
         if node.op == "output":
@@ -121,9 +119,15 @@ def build_shadow(graph: fx.Graph, unstable: frozenset[fx.Node] = frozenset()) ->
         elif node in unstable:
             value = opaque(shadow, node)
         else:
-            value = canonical_value(shadow, node) or opaque(shadow, node)
+            value = canonical_or_opaque(shadow, node)
         shadow.of[node] = value
     return shadow
+
+
+def canonical_or_opaque(shadow: Shadow, node: fx.Node) -> Value:
+    from rewriter.canonical import canonical_value
+
+    return canonical_value(shadow, node) or opaque(shadow, node)
 
 
 def opaque(shadow: Shadow, node: fx.Node) -> Value:

@@ -10,6 +10,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from rewriter.meta import example, hint, tensor_meta
+from rewriter.quantised import IN_FLOAT64
 
 
 def extract(
@@ -19,14 +20,21 @@ def extract(
 
     A symbolic size is what it was when the graph was traced.
     """
-    graph = fx.Graph()
+    root, graph = torch.nn.Module(), fx.Graph()
     new = {node: graph.placeholder(node.name) for node in inputs}
+
+    def operand(node: fx.Node) -> Any:
+        if node.op == "get_attr":  # a body of an autograd.Function
+            setattr(root, node.target, getattr(node.graph.owning_module, node.target))
+            return graph.get_attr(node.target)
+        return new[node] if node in new else hint(example(node))
+
     for node in nodes:
-        new[node] = graph.node_copy(node, lambda n: new[n] if n in new else hint(example(n)))
+        new[node] = graph.node_copy(node, operand)
         if sizes and isinstance(node.target, torch._ops.OpOverload) and node.target.overloadpacket in _SHAPED:
             new[node].args = pytree.tree_map(lambda a: sizes.get(a, a) if type(a) is int else a, new[node].args)
     graph.output(tuple(new[n] for n in outputs))
-    return fx.GraphModule(torch.nn.Module(), graph)
+    return fx.GraphModule(root, graph)
 
 
 aten = torch.ops.aten
@@ -43,6 +51,8 @@ class Float64(fx.Interpreter):
 
     def run_node(self, node: fx.Node) -> Any:
         meta = tensor_meta(node)
+        if node.meta.get("forward") is not None:  # an autograd.Function: by the derivative of what it computes
+            return Float64(node.meta["forward"]).run(*self.fetch_args_kwargs_from_env(node)[0][2:])
         if node.target is aten.dropout.default and meta is not None and node.args[2]:
             x, p = self.fetch_args_kwargs_from_env(node)[0][:2]
             kept = torch.dropout(torch.ones_like(x, dtype=meta.dtype), p, True) != 0
@@ -50,6 +60,9 @@ class Float64(fx.Interpreter):
         return super().run_node(node)
 
     def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
+        if isinstance(target, torch._ops.OpOverload) and target._schema.name in IN_FLOAT64:
+            names = [argument.name for argument in target._schema.arguments]
+            return IN_FLOAT64[target._schema.name](**dict(zip(names, args, strict=False)), **kwargs)
         args, kwargs = pytree.tree_map(lambda a: _EXACT.get(a, a) if _is_dtype(a) else a, (args, kwargs))
         if target in (aten.type_as.default, aten.to.other):
             return args[0].to(torch.float64) if args[0].is_floating_point() else target(*args, **kwargs)

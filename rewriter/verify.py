@@ -29,6 +29,7 @@ FLOOR = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.
 MAX_TOKENS = 64  # rows along each token dimension that verification looks at
 MAX_ROWS = 4099  # rows of a weight (classes of a head) that verification looks at
 MAX_ELEMENTS = 1 << 28  # of any one tensor in a verification that can't be cut
+OWN_BACKWARD = 8  # floors that rounding explains in a model's own autograd.Function
 SCALES = (1.0, 1e-3)  # magnitudes of the inputs: the second tells an epsilon from another
 
 
@@ -178,6 +179,11 @@ def _compare(site: Site, sizes: dict[int, int], scale: float, seed: int) -> list
             true, _ = _run(truth, exact, differentiable, upstream, generators)
     except Exception as error:
         raise _Unrunnable(f"{type(error).__name__}: {error}") from error
+    coarsest = _coarsest_floor(site)
+    names = [f"output {i}" for i in range(len(site.outputs))]
+    names += [f"gradient of {match_of.get(n, (None, n.name))[1]}" for n in differentiable]
+    if any(n.meta.get("forward") is not None for n in site.covered):
+        _check_own_backward(names, expected, true, coarsest)
     before = {n: s.clone() for n, s in samples.items()}
     with _random_numbers(seed, states), _autocast(ambient[1], samples):
         got, _ = _run(new, samples, differentiable, upstream, generators)
@@ -189,11 +195,22 @@ def _compare(site: Site, sizes: dict[int, int], scale: float, seed: int) -> list
     for result, node in zip(got, site.outputs, strict=False):
         if significant_strides(result) != significant_strides(expected[site.outputs.index(node)]):
             raise _Wrong(f"the replacement's strides are {result.stride()} where {node.name} has others")
-    names = [f"output {i}" for i in range(len(site.outputs))]
-    names += [f"gradient of {match_of.get(n, (None, n.name))[1]}" for n in differentiable]
-    metas = [m for n in (*site.inputs, *site.covered) if (m := tensor_meta(n)) is not None]
-    coarsest = max((FLOOR.get(m.dtype, 0.0) for m in metas), default=0.0)
     return [_check(*row, coarsest) for row in zip(names, got, expected, true, strict=True)]
+
+
+def _coarsest_floor(site: Site) -> float:
+    metas = [m for n in (*site.inputs, *site.covered) if (m := tensor_meta(n)) is not None]
+    return max((FLOOR.get(m.dtype, 0.0) for m in metas), default=0.0)
+
+
+def _check_own_backward(names: list[str], expected: list, true: list, coarsest: float) -> None:
+    """The truth has the derivative of a forward; an autograd.Function may have any other backward, which then stays."""
+    for name, old, truth in zip(names, expected, true, strict=True):
+        missing = old is None or truth is None
+        if old is not truth and (
+            missing or not (old.double() - truth).norm() <= OWN_BACKWARD * coarsest * truth.norm()
+        ):
+            raise _Wrong(f"{name} of the model's own autograd.Function is not what its forward says")
 
 
 def _exact(sample: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from rewriter.canonical import complex, layout, losses, pointwise, products, reductions  # noqa: F401  rules
+from rewriter.canonical import complex, functions, layout, losses, pointwise, products, quantised, reductions  # noqa: F401  rules
 from rewriter.canonical.table import COMMUTATIVE, RULES, TRANSPARENT, cast
 from rewriter.shadow import Shadow, Value
 
@@ -18,7 +18,8 @@ def canonical_value(shadow: Shadow, node: fx.Node) -> Value | None:
     """The canonical value of one call node, or None where no rule applies."""
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
-        target = target.overloadpacket
+        known = target._schema.name  # so that a rule for another library's operator needs no import of it
+        target = known if known in RULES else target.overloadpacket
     function = RULES.get(target)
     if function is None or node.kwargs.get("out") is not None:
         return None

@@ -9,6 +9,7 @@ import subprocess
 
 import pytest
 import torch
+from packed import random_packed
 
 triton = pytest.importorskip("triton")
 
@@ -22,6 +23,7 @@ from rewriter.kernels import (  # noqa: E402
     attention,
     attention_triton,
     cross_entropy,
+    dequantize_4bit,
     glu,
     layer_norm,
     linear_cross_entropy,
@@ -118,9 +120,20 @@ def attention_launches(width, dtype, bias=None, visible=False, sink=False, keep=
 
 
 def lora_launches(dtype, rank, bias=None):
-    x, *weights = (torch.ones(n, 1536, dtype=dtype) for n in (512, 4096, 4096, 1024))
+    x, *weights = (torch.ones(n, 1536, dtype=dtype) for n in (512, 4096, 4096, 2048))
     up = [torch.ones(len(w), rank, dtype=dtype) for w in weights]
-    lora_triton.products(x, weights, [bias] * 3, torch.ones(512, 3 * rank, dtype=dtype), up)
+    grads = [torch.ones(512, len(w), dtype=dtype) for w in weights]
+    u, down = torch.ones(512, 3 * rank, dtype=dtype), torch.ones(3 * rank, 1536, dtype=dtype)
+    lora_triton.products(x, weights, [bias] * 3, u, up, rank)
+    lora_triton.input_gradient(grads, weights, u, down)
+    lora_triton.narrow(x, down)
+    lora_triton.tall(x, u)
+    lora_triton.gradients(grads, up, u, rank)
+    lora_triton.gradients([g[:, :256].contiguous() for g in grads], [b[:256] for b in up], u, rank)
+
+
+def dequantize_4bit_launches(dtype, shape=(256, 1536), **options):
+    dequantize_4bit.dequantize_4bit(random_packed(shape, **options), dtype)
 
 
 HOPPER = {
@@ -180,6 +193,10 @@ CASES = {
     "loss": lambda dtype: linear_cross_entropy_launches(151936, dtype),
     "loss, all options": lambda dtype: linear_cross_entropy_launches(50257, dtype, softcap=30.0, label_smoothing=0.1),
     "loss of each row": lambda dtype: linear_cross_entropy_launches(50257, dtype, reduction="none"),
+    "4 bits": dequantize_4bit_launches,
+    "4 bits, nested": lambda dtype: dequantize_4bit_launches(dtype, nested=True),
+    "4 bits, nested, long blocks": lambda dtype: dequantize_4bit_launches(dtype, nested=True, blocksize=4096),
+    "4 bits, odd": lambda dtype: dequantize_4bit_launches(dtype, (255, 1537), nested=True),
 }
 
 
@@ -193,7 +210,7 @@ def launches(monkeypatch):
         recorded.append((kernel, arguments, keywords))
 
     monkeypatch.setattr(JITFunction, "run", run)
-    for family in (attention, cross_entropy, glu, layer_norm, linear_cross_entropy, rms_norm, rotary):
+    for family in (attention, cross_entropy, dequantize_4bit, glu, layer_norm, linear_cross_entropy, rms_norm, rotary):
         monkeypatch.setattr(family, "use_triton", lambda x: True)
     return recorded
 
@@ -247,12 +264,22 @@ def check_compiled(case, dtype, capability, launches, folder):
     case(dtype)
     assert launches
     for kernel, arguments, keywords in launches:
-        options = {name: value for name, value in keywords.items() if name.startswith("num_")}
+        options = {k: v for k, v in keywords.items() if k.startswith("num_") or k == "enable_fp_fusion"}
         compiled = triton.compile(
             source(kernel, arguments, keywords), target=GPUTarget("cuda", capability, 32), options=options
         )
         assert compiled.metadata.shared <= SHARED_MEMORY[capability] << 10, kernel.__name__
         assert spilled_bytes(compiled.asm["ptx"], capability, folder) == 0, kernel.__name__
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_unpacking_rounds_every_step_and_moves_16_bytes(nested, launches):
+    dequantize_4bit_launches(torch.bfloat16, nested=nested)
+    ((kernel, arguments, keywords),) = launches
+    options = {"num_warps": keywords["num_warps"], "enable_fp_fusion": keywords["enable_fp_fusion"]}
+    compiled = triton.compile(source(kernel, arguments, keywords), target=GPUTarget("cuda", 90, 32), options=options)
+    assert "fma" not in compiled.asm["ptx"]
+    assert "st.global.v4.b32" in compiled.asm["ptx"]
 
 
 @pytest.mark.parametrize("case", HOPPER)
@@ -267,7 +294,7 @@ def test_every_kernel_is_compiled(launches, monkeypatch):
     monkeypatch.setattr(linear_cross_entropy_triton, "has_tensor_memory_accelerator", lambda x: True)
     for case in HOPPER.values():
         case(torch.bfloat16)
-    families = (attention_triton, cross_entropy, glu, layer_norm, linear_cross_entropy_triton, lora_triton, rms_norm,
-                rotary)  # fmt: skip
+    families = (attention_triton, cross_entropy, dequantize_4bit, glu, layer_norm, linear_cross_entropy_triton,
+                lora_triton, rms_norm, rotary)  # fmt: skip
     kernels = {f.__name__ for m in families for f in vars(m).values() if isinstance(f, JITFunction)}
     assert {k for k in kernels if k.endswith("_kernel")} == {kernel.__name__ for kernel, *_ in launches}

@@ -116,7 +116,7 @@ def test_backward_twice(trained):
 
 
 def test_chunk_is_a_function_of_shapes():
-    assert default_chunk(8192, 151936) == 1792
+    assert default_chunk(8192, 151936) == 1664
     assert default_chunk(8192, 128256) == 2048
     assert default_chunk(4096, 128256) == 2048
     assert default_chunk(8192, 32000) == 8192

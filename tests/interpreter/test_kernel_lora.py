@@ -1,4 +1,4 @@
-"""The Triton kernel of low-rank adapters, interpreted; float32 stands for bfloat16, which can't be multiplied there."""
+"""The Triton kernels of low-rank adapters, interpreted; float32 stands for bfloat16, which is not multiplied there."""
 
 import pytest
 import torch
@@ -6,16 +6,59 @@ from numerics import strided
 
 from rewriter.kernels import lora_triton
 
+OUTS = [(72,), (40, 8), (24, 72, 16)]
 
-@pytest.mark.parametrize("outs", [(72,), (40, 8), (24, 72, 16)])
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(lora_triton, "TILE", {"BM": 16, "BN": 32, "BK": 16})
+    monkeypatch.setattr(lora_triton, "_pass_tile", lambda width, ranks: (16, 32, 4))
+
+
+def matrices(*shapes, seed=0):
+    return [strided(*shape, grad=False, seed=seed + i) for i, shape in enumerate(shapes)]
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-4)
+
+
+@pytest.mark.parametrize("outs", OUTS)
 @pytest.mark.parametrize("rank", [3, 16])
-def test_products(monkeypatch, outs, rank):
-    monkeypatch.setattr(lora_triton, "TILE", (16, 32, 16))
-    x, u = strided(77, 40, grad=False), strided(77, len(outs) * 16, grad=False, seed=1)
-    weights = [strided(n, 40, grad=False, seed=2 + i) for i, n in enumerate(outs)]
-    up = [strided(n, rank, grad=False, seed=9 + i) for i, n in enumerate(outs)]
+def test_products(outs, rank):
+    x, u = matrices((77, 40), (77, len(outs) * 16))
+    weights, up = matrices(*((n, 40) for n in outs), seed=2), matrices(*((n, rank) for n in outs), seed=9)
     biases = [strided(n, grad=False, seed=20 + i) if i != 1 else None for i, n in enumerate(outs)]
-    found = lora_triton.products(x, weights, biases, u, up)
+    found = lora_triton.products(x, weights, biases, u, up, 16)
     for i, (y, w, b, bias) in enumerate(zip(found, weights, up, biases, strict=True)):
-        expected = torch.nn.functional.linear(x, w, bias) + u[:, 16 * i : 16 * i + rank] @ b.t()
-        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-4)
+        close(y, torch.nn.functional.linear(x, w, bias) + u[:, 16 * i : 16 * i + rank] @ b.t())
+
+
+@pytest.mark.parametrize("outs", OUTS)
+@pytest.mark.parametrize("branch", [False, True])
+def test_input_gradient(outs, branch):
+    grads, weights = matrices(*((77, n) for n in outs)), matrices(*((n, 40) for n in outs), seed=5)
+    v, down = matrices((77, 16 * len(outs)), (16 * len(outs), 40), seed=9) if branch else (None, None)
+    expected = sum(g @ w for g, w in zip(grads, weights, strict=True))
+    close(lora_triton.input_gradient(grads, weights, v, down), expected + v @ down if branch else expected)
+
+
+@pytest.mark.parametrize("rows, ranks", [(77, 16), (3, 48), (130, 32)])
+def test_narrow_and_tall(rows, ranks):
+    x, down, v = matrices((rows, 72), (ranks, 72), (rows, ranks))
+    close(lora_triton.narrow(x, down), x @ down.t())
+    close(lora_triton.tall(x, v), v.t() @ x)
+
+
+@pytest.mark.parametrize("outs", OUTS)
+@pytest.mark.parametrize("rank", [3, 16, 21])
+@pytest.mark.parametrize("rows", [5, 77])
+def test_gradients(outs, rank, rows):
+    each = 16 if rank <= 16 else 32
+    grads, up = matrices(*((rows, n) for n in outs)), matrices(*((n, rank) for n in outs), seed=5)
+    (u,) = matrices((rows, each * len(outs)), seed=9)
+    v, dup = lora_triton.gradients(grads, up, u, each)
+    for i, (g, b, db) in enumerate(zip(grads, up, dup, strict=True)):
+        close(v[:, i * each :][:, :rank], g @ b)
+        assert not v[:, i * each + rank : (i + 1) * each].any()
+        close(db, g.t() @ u[:, i * each : i * each + rank])

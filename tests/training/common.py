@@ -76,11 +76,14 @@ def assert_trains_alike(model, steps, tolerance=TOLERANCE, options=None, **setti
     return model, eager, rewriter.report(model)
 
 
-def near_truth(model, steps, context, floor):
-    """The float64 rule for one step: |new - truth| <= 2 |old - truth| + floor |truth| for loss and every gradient."""
-    exact = copy.deepcopy(model).double()
+def near_truth(model, steps, context, floor, exact=None, options=None):
+    """The float64 rule for one step: |new - truth| <= 2 |old - truth| + floor |truth| for loss and every gradient.
+
+    exact: the model in float64, where `double()` doesn't make that
+    """
+    exact = copy.deepcopy(model).double() if exact is None else exact
     eager = copy.deepcopy(model)
-    optimised = rewriter.optimize(model)
+    optimised = rewriter.optimize(model, **(options or {}))
     for step in steps:
         rows = [train(m, [step], learning_rate=0.0, context=c)[0]
                 for m, c in ((optimised, context), (eager, context), (exact, nullcontext))]  # fmt: skip

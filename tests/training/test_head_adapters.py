@@ -138,13 +138,14 @@ def in_four_bits(model, library=None):
 @pytest.mark.parametrize("real", [False, True])
 @pytest.mark.parametrize("lora", [False, True])
 def test_head_in_four_bits(lora, real):
-    """Its operator is not PyTorch's: the logits are kept, and all gradients are as they were."""
+    """Real ones are known for what they are, others not: the logits are kept, and all gradients are as they were."""
     model = in_four_bits(small(), bitsandbytes if real else None)
     model = adapted(model, target_modules=HEAD if lora and real else ["q_proj"]) if lora else model
     *_, report = assert_trains_alike(model, STEPS)
     ((pattern, why),) = of_loss(report)
     assert pattern == "cross_entropy"
-    assert why == ("kept: a sum of products" if lora and real else "kept: made by autograd_function_apply")
+    expected = "a head in 4 bits" if real else "made by autograd_function_apply"
+    assert why == "kept: " + ("a sum of products" if lora and real else expected)
 
 
 def test_logits_that_come_from_elsewhere():

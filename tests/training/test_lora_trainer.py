@@ -2,17 +2,14 @@
 
 import copy
 
-import bitsandbytes
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from training.common import assert_trains_alike, relative
+from training.common import relative
 from training.models import batch, build
 from transformers import Trainer, TrainingArguments
 
 import rewriter
-
-LONG = [batch((2, 16)), batch((2, 24), 1)]
 
 
 def base():
@@ -63,24 +60,3 @@ def test_trained_saved_and_loaded(tmp_path, options):
     assert all(torch.equal(p, model.get_parameter(n)) for n, p in loaded.named_parameters())
     moved = [n for n, p in model.named_parameters() if "lora_B" in n and p.abs().max() > 1e-4]
     assert len(moved) == 14
-
-
-def test_over_weights_in_four_bits():
-    """Whatever of it is fused, it trains as it does without."""
-    model = base()
-    for block in model.model.layers:
-        for parent in (block.self_attn, block.mlp):
-            for name, layer in list(parent.named_children()):
-                if isinstance(layer, torch.nn.Linear):
-                    setattr(parent, name, in_four_bits(layer))
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.enable_input_require_grads()
-    *_, report = assert_trains_alike(adapted(model).train(), LONG, options={"patterns": ["lora"]})
-    assert report.sites("rms_norm") and not report.fallbacks
-
-
-def in_four_bits(layer):
-    packed = bitsandbytes.nn.Linear4bit(*layer.weight.shape[::-1], bias=False, compute_dtype=torch.float32)
-    weight = layer.weight.detach().clone()
-    packed.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
-    return packed.to("cpu")

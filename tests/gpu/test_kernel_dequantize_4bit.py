@@ -5,15 +5,17 @@ import copy
 import pytest
 import torch
 from numerics import BEHAVIOURS, FLOOR, compiles_inductor, strided
-from packed import quantized, random_packed, unpacked
-from training.models import batch, build, with_lora
-from training.quantised import exact, in_4_bits
 
 import rewriter
 from rewriter.kernels.dequantize_4bit import CODES, dequantize_4bit
 from rewriter.kernels.linear_4bit import linear_4bit
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
+
+from packed import quantized, random_packed, unpacked  # noqa: E402
+from training.models import batch, build, with_lora  # noqa: E402
+from training.quantised import exact, in_4_bits  # noqa: E402
+
 # PyTorch's autograd thread has no CUDA context until something makes it: harmless, and said once by torch 2.11.
 pytestmark = pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -65,6 +65,10 @@ class LoRA(Pattern):
     rounded_inputs = True
     references = tuple(_reference(*form) for form in itertools.product(WEIGHTS, SCALINGS, (True, False), (False, True)))
 
+    def already(self, match: Match) -> str | None:
+        in_4_bits = "packed" in match.tensors and not match.root.meta.requires_grad
+        return "its library's operator" if in_4_bits else None  # which for one token unpacks nothing to memory
+
     def sample(self, match, name, shapes, generator):
         return four_bits.sample(match, name, shapes, generator)
 

@@ -18,6 +18,7 @@ from rewriter.kernels.lora import lora as kernel
 from rewriter.meta import TensorMeta
 from rewriter.pattern import Call, Match, Pattern, Reference
 from rewriter.patterns import linear_4bit as four_bits
+from rewriter.shadow import Value
 
 X, WEIGHT, BIAS, DOWN, UP = (3, 8), (12, 8), (12,), (2, 8), (12, 2)
 MOST_BRANCHES, MOST_RANK = 3, 256
@@ -65,6 +66,9 @@ class LoRA(Pattern):
     rounded_inputs = True
     references = tuple(_reference(*form) for form in itertools.product(WEIGHTS, SCALINGS, (True, False), (False, True)))
 
+    def already(self, match: Match) -> str | None:
+        return four_bits.library(match) if "packed" in match.tensors else None
+
     def sample(self, match, name, shapes, generator):
         return four_bits.sample(match, name, shapes, generator)
 
@@ -109,20 +113,29 @@ class LoRA(Pattern):
 
     def replacement(self, *matches: Match) -> Call:
         first = matches[0]
-        z = first["z"] if first.tensors["z"].number != first.tensors["x"].number else None
+        matmul_dtype = next(iter(first.rounded.values()), None)
+        x, z = first["x"], first["z"]
+        if _is_rounded(first.tensors["x"], first.tensors["z"], matmul_dtype or weight_of(first).dtype):
+            x = z  # which the kernel rounds itself: the casts of several layers are then none of their inputs
+        z = z if z is not x and first.tensors["z"].number != first.tensors["x"].number else None
         weights = tuple(four_bits.weight_of(m) if "packed" in m.tensors else m["weight"] for m in matches)
         tensors = [weights, *(tuple(m[name] for m in matches) for name in ("down", "up"))]
         biases = tuple(m["bias"] if "bias" in m.tensors else None for m in matches)
         scales = tuple(m.consts.get("scale", 1.0) for m in matches)
         options = {
             "scales": scales,
-            "matmul_dtype": next(iter(first.rounded.values()), None),
+            "matmul_dtype": matmul_dtype,
             "out_dtype": first.root.meta.dtype,
             "transposed": first.variant["transposed"],
         }
         rank = first.meta("down").shape[-1 if first.variant["transposed"] else 0]
         note = {"layers": len(matches), "rank": rank, "scale": scales[0]}
-        return Call(adapted if len(matches) > 1 else adapted_one, (first["x"], z, *tensors, biases), options, note)
+        return Call(adapted if len(matches) > 1 else adapted_one, (x, z, *tensors, biases), options, note)
+
+
+def _is_rounded(x: Value, z: Value, dtype: torch.dtype) -> bool:
+    """Whether x is z, cast to what the layer's weight is multiplied in."""
+    return x.op == "cast" and x.inputs[0].number == z.number and x.meta.dtype is dtype
 
 
 def adapted(x, z, weights, down, up, biases, *, scales, matmul_dtype, out_dtype, transposed):

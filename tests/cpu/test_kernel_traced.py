@@ -1,7 +1,7 @@
 """What AOTAutograd's graphs hold of the kernels that it takes in: launches that write nothing but new tensors.
 
-The analysis that finds what a launch writes is PyTorch's; where it fails, all arguments count as written and are copied.
-Triton compiles for Hopper here, on fake tensors of a CPU: no GPU is needed.
+The analysis that finds what a launch writes is PyTorch's; where it fails, all arguments are copied. Triton compiles for
+Hopper here, on fake tensors of a CPU: no GPU is needed.
 """
 
 import contextlib

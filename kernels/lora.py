@@ -48,7 +48,7 @@ def lora(x, weights, biases, down, up, scales, *, z=None, matmul_dtype=None, out
 
 
 class _LoRA(torch.autograd.Function):
-    """Made of PyTorch's operators and the five products of lora_triton.py, which a compiler looks into, too."""
+    """Made of PyTorch's operators and the three products of lora_triton.py, which a compiler looks into, too."""
 
     @staticmethod
     def forward(ctx, count, scales, dtypes, x, z, *parts):
@@ -58,7 +58,7 @@ class _LoRA(torch.autograd.Function):
             x_rows = _rows(x).to(frozen)
             seen = x_rows if z is None and frozen is adapter else _rows(x if z is None else z)
             stacked = _stacked(down, scales, adapter)
-            u = _narrow(seen, stacked, adapter)
+            u = _product(seen, stacked.t(), adapter)
             biases = [b if b is None else b.to(frozen) for b in biases]
             outputs = _products(x_rows, [matrix(w, frozen) for w in weights], biases, u, up, adapter, out)
         ctx.count, ctx.scales, ctx.dtypes = count, scales, dtypes
@@ -84,7 +84,7 @@ class _LoRA(torch.autograd.Function):
             if need_v or any(need_up):
                 v, dup = _adapter_gradients(grads, up, u, adapter, need_v, any(need_up))
             if any(need_down):
-                each, every = u.shape[1] // n, _tall(seen, v, adapter)
+                each, every = u.shape[1] // n, _product(seen.t(), v, adapter).t()
                 branches = [every[i * each : i * each + len(a)] for i, a in enumerate(down)]
                 ddown = [(d * s).to(a.dtype) for d, s, a in zip(branches, ctx.scales, down, strict=True)]
             if need_dx:
@@ -149,17 +149,6 @@ def _all_bfloat16(*tensors):
     return all(t.is_cuda and t.dtype is torch.bfloat16 for t in tensors)
 
 
-def _narrow(x, down, dtype):
-    return _narrow_op(x, down) if _all_bfloat16(x, down) else _product(x, down.t(), dtype)
-
-
-def _narrow_implementation(x, down):
-    if not lora_triton.suits(x, down, each=len(down)):
-        return torch.mm(x, down.t())
-    with on_device(x):
-        return lora_triton.narrow(x, down)
-
-
 def _products(x, weights, biases, u, up, adapter, out):
     """The y_i [T, N_i] of x [T, D] and the weights in one dtype, u and the B_i in another one that is as wide or wider.
 
@@ -209,25 +198,14 @@ def _gradients_apart(grads, up, u, dtype, ranks):
 
 def _gradients_implementation(grads, up, u):
     each = u.shape[1] // len(grads)
-    fits = len(grads) <= lora_triton.MOST_BRANCHES and lora_triton.suits(u, *grads, each=each)
+    fits = len(grads) <= lora_triton.MOST_BRANCHES and each <= lora_triton.MOST_RANK_OF_PASS
+    fits = fits and lora_triton.suits(u, *grads, each=each)
     if not fits:
         v, dup = _gradients_apart(grads, up, u, u.dtype, [b.shape[1] for b in up])
         return [v, *dup]
     with on_device(u):
         v, dup = lora_triton.gradients(grads, [b.contiguous() for b in up], u, each)
         return [v, *dup]
-
-
-def _tall(x, v, dtype):
-    """v^T x [R, D]."""
-    return _tall_op(x, v) if _all_bfloat16(x, v) else _product(x.t(), v, dtype).t()
-
-
-def _tall_implementation(x, v):
-    if not lora_triton.suits(x, v, each=v.shape[1]):
-        return torch.mm(x.t(), v).t().float()
-    with on_device(x):
-        return lora_triton.tall(x, v)
 
 
 def _input_gradient(grads, weights, v, down, dtype):
@@ -262,22 +240,10 @@ _products_op = register(
     lambda x, weights, biases, u, up: [x.new_empty((x.shape[0], w.shape[0])) for w in weights],
     traced=True,
 )
-_narrow_op = register(
-    "lora_narrow(Tensor x, Tensor down) -> Tensor",
-    _narrow_implementation,
-    lambda x, down: x.new_empty((x.shape[0], down.shape[0])),
-    traced=True,
-)
 _gradients_op = register(
     "lora_gradients(Tensor[] grads, Tensor[] up, Tensor u) -> Tensor[]",
     _gradients_implementation,
     lambda grads, up, u: [torch.empty_like(u), *(b.new_empty(b.shape) for b in up)],
-    traced=True,
-)
-_tall_op = register(
-    "lora_tall(Tensor x, Tensor v) -> Tensor",
-    _tall_implementation,
-    lambda x, v: x.new_empty((x.shape[1], v.shape[1]), dtype=torch.float32).t(),
     traced=True,
 )
 _input_gradient_op = register(

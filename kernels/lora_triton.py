@@ -2,12 +2,11 @@
 
     products          y_i = x W_i^T + u_i B_i^T (+ bias_i), rounded once; one launch for all i
     input_gradient    dx = sum_i dY_i W_i + v A, rounded once; one launch
-    narrow            u = x A^T: x is read once
     gradients         v_i = dY_i B_i and dB_i = dY_i^T u_i: each dY_i is read once for both
-    tall              dA = v^T x: x is read once
 
-A is [branches * each, D], the adapters below one another, each with `each` rows; u and v are [T, branches * each].
-Sums over rows that several programs share are added up afterwards, in order: no atomics, equal bits on repeat.
+u = x A^T and dA = v^T x are the library's products: it reads x at the memory's speed, too. A is [branches * each, D],
+the adapters below one another, each with `each` rows; u and v are [T, branches * each]. Sums that several programs
+share are added up afterwards, in order: no atomics, equal bits on repeat.
 """
 
 import torch
@@ -27,6 +26,8 @@ from .common import (
 TILE = {"BM": 128, "BN": 256, "BK": 64}
 LAUNCH = {"num_warps": 8, "num_stages": 3}
 MOST_BRANCHES, MOST_RANK = 3, 64
+PASS = {"BM": 64, "BN": 512}
+MOST_RANK_OF_PASS = 16  # [512, rank] numbers stay in registers; with a rank of 64 two products are faster (NOTES)
 
 
 def suits(*matrices, each):
@@ -70,22 +71,10 @@ def input_gradient(grads, weights, v, down):
     return dx
 
 
-def narrow(x, down):
-    """u [T, R] of x [T, D] and down [R, D]."""
-    (count, width), ranks = x.shape, len(down)
-    u = x.new_empty(count, ranks)
-    BM = 64
-    launch(_narrow_kernel, ceil_div(count, BM), scratch=x)(
-        x, down, u, count, width, ranks, x.stride(0),
-        RANKS=max(16, next_power_of_2(ranks)), BM=BM, BK=128 if ranks <= 128 else 64, num_warps=4, num_stages=4,
-    )  # fmt: skip
-    return u
-
-
 def gradients(grads, up, u, each):
     """(v [T, branches * each], [dB_i [N_i, R_i]]) of grads [T, N_i], up [N_i, R_i] and u [T, branches * each]."""
     count, outs = len(u), [g.shape[1] for g in grads]
-    BM, BN, warps = _pass_tile(min(outs), each)
+    BM, BN = PASS["BM"], PASS["BN"] if min(outs) >= 2048 else PASS["BN"] // 2
     blocks = [ceil_div(n, BN) for n in outs]
     splits = _splits(sum(blocks), processors(u))
     v_parts = u.new_empty(sum(blocks), count, each, dtype=torch.float32)
@@ -96,7 +85,7 @@ def gradients(grads, up, u, each):
     branches += [None] * (6 * (MOST_BRANCHES - len(grads)))
     launch(_pass_kernel, sum(blocks), splits, scratch=u)(
         u, v_parts, *branches, count, ceil_div(ceil_div(count, BM), splits) * BM, u.stride(0), each,
-        RANK=max(16, next_power_of_2(each)), NEED_V=True, BM=BM, BN=BN, num_warps=warps, num_stages=3,
+        RANK=max(16, next_power_of_2(each)), BM=BM, BN=BN, num_warps=8, num_stages=3,
     )  # fmt: skip
     v, start = [], 0
     for number in blocks:
@@ -104,28 +93,6 @@ def gradients(grads, up, u, each):
         start += number
     dup = [part.sum(0).to(b.dtype)[:, : b.shape[1]] for part, b in zip(b_parts, up, strict=True)]
     return torch.cat(v, 1) if len(v) > 1 else v[0], dup
-
-
-def tall(x, v):
-    """dA [R, D] in float32 of x [T, D] and v [T, R]."""
-    (count, width), ranks = x.shape, v.shape[1]
-    BM, BN, warps = _pass_tile(width, ranks)
-    blocks = ceil_div(width, BN)
-    splits = _splits(blocks, processors(x))
-    parts = x.new_empty(splits, width, ranks, dtype=torch.float32)
-    branch = [x, None, parts, width, x.stride(0), 0] + [None] * (6 * (MOST_BRANCHES - 1))
-    launch(_pass_kernel, blocks, splits, scratch=x)(
-        v, None, *branch, count, ceil_div(ceil_div(count, BM), splits) * BM, v.stride(0), ranks,
-        RANK=max(16, next_power_of_2(ranks)), NEED_V=False, BM=BM, BN=BN, num_warps=warps, num_stages=3,
-    )  # fmt: skip
-    return parts.sum(0).t()
-
-
-def _pass_tile(width, ranks):
-    """(rows, columns, warps): wide tiles leave few sums to add up, but [columns, ranks] numbers stay in registers."""
-    if ranks > 64:
-        return 64, 128, 8
-    return (64, 512, 8) if width >= 2048 and ranks <= 16 else (64, 256, 8)
 
 
 def _splits(blocks, programs):
@@ -243,43 +210,25 @@ def _input_gradient_kernel(
 
 
 @jit
-def _narrow_kernel(
-    X, A, U, row_count, width, ranks, x_step, RANKS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr
-):  # fmt: skip
-    """BM rows of u a program."""
-    x, a = _matrix(X, row_count, width, x_step, BM, BK), _matrix(A, ranks, width, width, RANKS, BK)
-    row_start = tl.program_id(0) * BM
-    acc = tl.zeros([BM, RANKS], tl.float32)
-    for k in range(0, width, BK):
-        acc = tl.dot(x.load([row_start, k]), a.load([0, k]).T, acc)
-    r, c = row_start + tl.arange(0, BM), tl.arange(0, RANKS)
-    mask = (r < row_count)[:, None] & (c < ranks)[None, :]
-    tl.store(U + r.to(tl.int64)[:, None] * ranks + c[None, :], acc.to(U.dtype.element_ty), mask=mask)
-
-
-@jit
 def _pass(
     G, B, B_PART, U, V_PART, block, v_part, row_count, split_rows, outs, g_step, u_step, u_start, each, rank,
-    RANK: tl.constexpr, NEED_V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    RANK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """One block of columns of G over some of the rows: its part of dB, and, whole for these columns, v."""
     g, u = _matrix(G, row_count, outs, g_step, BM, BN), _matrix(U, row_count, u_start + each, u_step, BM, RANK)
     c, k = block * BN + tl.arange(0, BN), tl.arange(0, RANK)
-    if NEED_V:
-        b = tl.load(
-            B + c.to(tl.int64)[:, None] * rank + k[None, :], mask=(c < outs)[:, None] & (k < rank)[None, :], other=0.0
-        )
+    b = tl.load(
+        B + c.to(tl.int64)[:, None] * rank + k[None, :], mask=(c < outs)[:, None] & (k < rank)[None, :], other=0.0
+    )
     total = tl.zeros([BN, RANK], tl.float32)
     first = tl.program_id(1) * split_rows
     for row_start in range(first, tl.minimum(first + split_rows, row_count), BM):
         tile = g.load([row_start, block * BN])
         total = tl.dot(tile.T, u.load([row_start, u_start]), total)
-        if NEED_V:
-            r = row_start + tl.arange(0, BM)
-            at = (tl.zeros([BM], tl.int64) + v_part) * row_count + r
-            v = tl.dot(tile, b)
-            mask = (r < row_count)[:, None] & (k < each)[None, :]
-            tl.store(V_PART + at[:, None] * each + k[None, :], v, mask=mask)
+        r = row_start + tl.arange(0, BM)
+        at = (tl.zeros([BM], tl.int64) + v_part) * row_count + r
+        mask = (r < row_count)[:, None] & (k < each)[None, :]
+        tl.store(V_PART + at[:, None] * each + k[None, :], tl.dot(tile, b), mask=mask)
     at = (tl.program_id(1) * outs + c).to(tl.int64)[:, None] * each + k[None, :]
     tl.store(B_PART + at, total, mask=(c < outs)[:, None] & (k < each)[None, :])
 
@@ -288,7 +237,7 @@ def _pass(
 def _pass_kernel(
     U, V_PART, G_0, B_0, PART_0, outs_0, step_0, rank_0, G_1, B_1, PART_1, outs_1, step_1, rank_1,
     G_2, B_2, PART_2, outs_2, step_2, rank_2, row_count, split_rows, u_step, each,
-    RANK: tl.constexpr, NEED_V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    RANK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Programs: blocks of columns of one G after the other, by parts of the rows."""
     number = tl.program_id(0)
@@ -299,17 +248,17 @@ def _pass_kernel(
     if number < blocks_0:
         _pass(
             G_0, B_0, PART_0, U, V_PART, number, number, row_count, split_rows, outs_0, step_0, u_step, 0, each, rank_0,
-            RANK, NEED_V, BM, BN,
+            RANK, BM, BN,
         )  # fmt: skip
     if G_1 is not None:
         if (number >= blocks_0) & (number < blocks_0 + blocks_1):
             _pass(
                 G_1, B_1, PART_1, U, V_PART, number - blocks_0, number, row_count, split_rows, outs_1, step_1, u_step,
-                each, each, rank_1, RANK, NEED_V, BM, BN,
+                each, each, rank_1, RANK, BM, BN,
             )  # fmt: skip
     if G_2 is not None:
         if number >= blocks_0 + blocks_1:
             _pass(
                 G_2, B_2, PART_2, U, V_PART, number - blocks_0 - blocks_1, number, row_count, split_rows, outs_2,
-                step_2, u_step, 2 * each, each, rank_2, RANK, NEED_V, BM, BN,
+                step_2, u_step, 2 * each, each, rank_2, RANK, BM, BN,
             )  # fmt: skip

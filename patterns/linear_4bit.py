@@ -55,6 +55,12 @@ def _is_of(linear, weight) -> bool:
     return value is weight
 
 
+def library(match: Match) -> str | None:
+    """What the model calls, where unpacking to memory is no gain: without a gradient, one token needs none of that."""
+    gain = match.root.meta.device.type in DEVICES and match.root.meta.requires_grad
+    return None if gain else "its library's operator"
+
+
 def why_not(match: Match) -> str | None:
     """A sentence, if the unpacking of a match is none that the kernel does."""
     shape, blocksize, _, quant_type = match.attrs("dequantize_4bit")
@@ -96,8 +102,7 @@ class Linear4bit(Pattern):
     references = tuple(_reference(weight, bias) for weight in (PLAIN, NESTED) for bias in ({}, {"bias": (12,)}))
 
     def already(self, match: Match) -> str | None:
-        gain = match.root.meta.device.type in DEVICES and match.root.meta.requires_grad
-        return None if gain else "its library's operator"
+        return library(match)
 
     def check(self, match: Match) -> str | None:
         return why_not(match)

@@ -40,6 +40,9 @@ class LoRA(Pattern):
     def why_not(self, match: Match) -> str | None:
         return why_not(match)
 
+    def already(self, match: Match) -> str | None:
+        return four_bits.library(match) if "packed" in match.tensors else None
+
     def sample(self, match, name, shapes, generator):
         return four_bits.sample(match, name, shapes, generator)
 
@@ -94,10 +97,13 @@ class LoRA(Pattern):
     def replacement(self, *matches: Match) -> Call:
         first = matches[0]
         x, z, *_ = _inputs(first)
+        matmul_dtype = next(iter(first.rounded.values()), None)
+        if _is_rounded(x, z, matmul_dtype or weight_of(first).dtype):
+            x = z  # which the kernel rounds itself: the casts of several layers are then none of their inputs
         options = {
             "scales": tuple(_scales(match) for match in matches),
             "forms": tuple((match.variant["by_columns"], match.variant["transposed"]) for match in matches),
-            "matmul_dtype": next(iter(first.rounded.values()), None),
+            "matmul_dtype": matmul_dtype,
             "out_dtype": first.root.meta.dtype,
         }
         note = {"layers": len(matches), "rank": sum(_ranks(first)), "scale": options["scales"][0][0]}
@@ -123,6 +129,11 @@ def _inputs(match: Match) -> list[Value]:
             value = value.inputs[0]
         inputs[i] = value
     return inputs if len(inputs) > 1 else inputs * 2
+
+
+def _is_rounded(x: Value, z: Value, dtype: torch.dtype) -> bool:
+    """Whether x is z, cast to what the layer's weight is multiplied in."""
+    return x.op == "cast" and x.inputs[0].number == z.number and x.meta.dtype is dtype
 
 
 def _ranks(match: Match) -> list[int]:

@@ -19,7 +19,6 @@ from rewriter.log import log
 from rewriter.meta import example
 from rewriter.normalise import normalise
 
-APPLY = torch.ops.higher_order.autograd_function_apply
 _NO_OPERATORS = {torch._C._set_grad_enabled}
 
 

@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx
+from torch._functorch.autograd_function import autograd_function_apply
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from rewriter.einsum import einsum
-from rewriter.functions import APPLY, forward_of
+from rewriter.functions import forward_of
 from rewriter.log import log
 from rewriter.meta import example, set_example, tensor_meta
 
@@ -71,7 +72,7 @@ class Lowering:
             copy.meta = dict(node.meta)
             set_example(copy, example(node))
             copy.meta["ambient"] = ambient()
-            if node.target is APPLY:
+            if node.target is autograd_function_apply:
                 copy.meta["forward"] = forward_of(self, gm, node)
             return copy
         operands = iter(_operands(node, new))

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._functorch.autograd_function import autograd_function_apply
 
 from rewriter.canonical.quantised import OPERATORS
 from rewriter.canonical.table import rule
 from rewriter.shadow import Shadow, Value, canonical_or_opaque
 
 
-@rule(torch.ops.higher_order.autograd_function_apply)
+@rule(autograd_function_apply)
 def _autograd_function(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value | None:
     forward = node.meta.get("forward")
     if forward is None or not any(_name(inner) in OPERATORS for inner in forward.graph.nodes):

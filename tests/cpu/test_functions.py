@@ -3,8 +3,9 @@
 import pytest
 import torch
 from torch import fx
+from torch._functorch.autograd_function import autograd_function_apply
 
-from rewriter.functions import APPLY, forward_of
+from rewriter.functions import forward_of
 
 
 def captured(forward, context, nested):
@@ -23,7 +24,7 @@ def captured(forward, context, nested):
     root, graph = torch.nn.Module(), fx.Graph()
     root.forward_body = fx.GraphModule(root, body)
     operands = [graph.placeholder("a"), graph.placeholder("b")]
-    call = graph.call_function(APPLY, (graph.get_attr("forward_body"), None, *operands))
+    call = graph.call_function(autograd_function_apply, (graph.get_attr("forward_body"), None, *operands))
     graph.output(call)
     return fx.GraphModule(root, graph), call
 

@@ -126,10 +126,9 @@ def lora_launches(dtype, rank, bias=None):
     u, down = torch.ones(512, 3 * rank, dtype=dtype), torch.ones(3 * rank, 1536, dtype=dtype)
     lora_triton.products(x, weights, [bias] * 3, u, up, rank)
     lora_triton.input_gradient(grads, weights, u, down)
-    lora_triton.narrow(x, down)
-    lora_triton.tall(x, u)
-    lora_triton.gradients(grads, up, u, rank)
-    lora_triton.gradients([g[:, :256].contiguous() for g in grads], [b[:256] for b in up], u, rank)
+    if rank <= lora_triton.MOST_RANK_OF_PASS:
+        lora_triton.gradients(grads, up, u, rank)
+        lora_triton.gradients([g[:, :256].contiguous() for g in grads], [b[:256] for b in up], u, rank)
 
 
 def dequantize_4bit_launches(dtype, shape=(256, 1536), **options):

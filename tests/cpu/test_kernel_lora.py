@@ -3,6 +3,7 @@
 import pytest
 import torch
 from numerics import BEHAVIOURS, compare, eager_lora, strided
+from packed import random_packed, unpacked
 
 from rewriter.kernels.lora import lora
 
@@ -74,6 +75,37 @@ def test_matmul_dtype_is_what_autocast_does():
             return eager(*tensors)
 
     compare(new, old, inputs(), truth=eager, dtype=torch.bfloat16)
+
+
+def in_4_bits(outs=(16, 8, 40), dtype=torch.float32):
+    """(operator, eager) of x, A and B, with weights in 4 bits."""
+    weights = [random_packed((n, 24), nested=n > 8, blocksize=8, dtype=dtype, seed=n) for n in outs]
+
+    def new(x, *adapters):
+        return lora(x, weights, [None] * 3, adapters[:3], adapters[3:], (2.0, 0.3, -1.0), out_dtype=dtype)
+
+    def old(x, *adapters):
+        exact = x.dtype is torch.float64
+        matrices = [unpacked(w, x.dtype if exact else dtype) for w in weights]
+        return eager_lora(x, matrices, [None] * 3, adapters[:3], adapters[3:], (2.0, 0.3, -1.0), out_dtype=dtype)
+
+    return new, old
+
+
+@pytest.mark.parametrize("dtypes", DTYPES[:4])
+def test_weights_in_4_bits(dtypes):
+    made = inputs(dtypes=dtypes, bias=False)
+    compare(*in_4_bits(dtype=dtypes[0]), [made[0], *made[4:]])
+
+
+def test_weights_in_4_bits_are_not_kept_unpacked():
+    new, _ = in_4_bits((400, 8, 40))
+    made, kept = inputs(outs=(400, 8, 40), bias=False), []
+    torch._dynamo.reset()
+    compiled = torch.compile(new, backend="aot_eager_decomp_partition", fullgraph=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        compiled(made[0], *made[4:])
+    assert max(t.numel() for t in kept) <= 400 * 24 // 2
 
 
 def test_no_rows():

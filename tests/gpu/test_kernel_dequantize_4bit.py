@@ -4,16 +4,18 @@ import copy
 
 import pytest
 import torch
-from numerics import BEHAVIOURS, FLOOR, compiles_inductor, strided
-from packed import quantized, random_packed, unpacked
-from training.models import batch, build, with_lora
-from training.quantised import exact, in_4_bits
+from numerics import BEHAVIOURS, FLOOR, compiles_inductor, fakes, strided
 
 import rewriter
 from rewriter.kernels.dequantize_4bit import CODES, dequantize_4bit
 from rewriter.kernels.linear_4bit import linear_4bit
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
+
+from packed import quantized, random_packed, unpacked  # noqa: E402
+from training.models import batch, build, with_lora  # noqa: E402
+from training.quantised import exact, in_4_bits  # noqa: E402
+
 # PyTorch's autograd thread has no CUDA context until something makes it: harmless, and said once by torch 2.11.
 pytestmark = pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -52,7 +54,7 @@ def test_more_than_2_to_31_numbers():
     assert torch.equal(dequantize_4bit(whole)[-16:], unpacked(last))
 
 
-@pytest.mark.parametrize("behaviour", [*(b for b in BEHAVIOURS if b.__name__ != "fakes"), compiles_inductor])
+@pytest.mark.parametrize("behaviour", [*(b for b in BEHAVIOURS if b is not fakes), compiles_inductor])
 def test_behaviour(behaviour):
     weight = random_packed((48, 64), nested=True, device="cuda")
     inputs = [strided(48, device="cuda", seed=1)]

@@ -62,7 +62,7 @@ class _LoRA(torch.autograd.Function):
             biases = [b if b is None else b.to(frozen) for b in biases]
             outputs = _products(x_rows, [matrix(w, frozen) for w in weights], biases, u, up, adapter, out)
         ctx.count, ctx.scales, ctx.dtypes = count, scales, dtypes
-        kept, ctx.packed = to_save(weights)
+        kept, ctx.packed = to_save(weights if ctx.needs_input_grad[3] else [])
         ctx.save_for_backward(seen, u, stacked, *down, *up, *kept)
         ctx.inputs = [t if t is None else (t.shape, t.dtype) for t in (x, z)]
         ctx.bias_dtypes = [b if b is None else b.dtype for b in parts[count : 2 * count]]

@@ -46,14 +46,13 @@ def _env() -> int:
 
 
 def _patterns() -> int:
-    from rewriter.library import built_in, on_request, plugins
+    from rewriter.library import built_in, plugins
 
     added = plugins()  # one that can't be loaded is logged, so it shows on stderr
     rows = []
-    for name, pattern in {**built_in(), **on_request(), **added}.items():
+    for name, pattern in {**built_in(), **added}.items():
         count = len(pattern.references)
-        origin = "on request" if name in on_request() else "built-in"
-        origin = f"plugin {type(pattern).__module__}" if name in added else origin
+        origin = f"plugin {type(pattern).__module__}" if name in added else "built-in"
         rows.append((name, origin, f"{count} reference{'s' * (count != 1)}", describe(pattern)))
     _print_rows(rows)
     return 0

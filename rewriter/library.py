@@ -20,27 +20,16 @@ BUILT_IN = (
     "layer_norm",
     "rotary",
     "glu",
+    "lora",
     "linear_4bit",
 )
-# Known, but applied only if `patterns` names them: faster on a GPU that is busy, slower where the host is what limits.
-ON_REQUEST = ("lora",)
 ENTRY_POINTS = "rewriter.patterns"
 
 
 @functools.cache
 def built_in() -> dict[str, Pattern]:
     """Name -> pattern, each from the module of its name under rewriter.patterns."""
-    return _loaded(BUILT_IN)
-
-
-@functools.cache
-def on_request() -> dict[str, Pattern]:
-    """As `built_in`, those that are applied only if they are named."""
-    return _loaded(ON_REQUEST)
-
-
-def _loaded(names: Iterable[str]) -> dict[str, Pattern]:
-    return {name: importlib.import_module(f"rewriter.patterns.{name}").PATTERN for name in names}
+    return {name: importlib.import_module(f"rewriter.patterns.{name}").PATTERN for name in BUILT_IN}
 
 
 @functools.cache
@@ -60,8 +49,7 @@ def plugins() -> dict[str, Pattern]:
 
 def select(patterns: Iterable[str | Pattern] | None, exclude: Iterable[str]) -> tuple[Pattern, ...]:
     """The patterns asked for. Strings name known patterns; Pattern objects are added to them (see `optimize`)."""
-    usual = {**built_in(), **plugins()}
-    known = {**on_request(), **usual}
+    known = {**built_in(), **plugins()}
     if isinstance(patterns, str | Pattern) or isinstance(exclude, str):
         raise TypeError("patterns and exclude take a list of names or Pattern objects, not one")
     given = [p() if isinstance(p, type) and issubclass(p, Pattern) else p for p in patterns or ()]
@@ -76,8 +64,7 @@ def select(patterns: Iterable[str | Pattern] | None, exclude: Iterable[str]) -> 
     for name in (*names, *excluded):
         if name not in known and name not in own:
             raise ValueError(f"unknown pattern {name!r}; known are {', '.join(sorted({*known, *own}))}")
-    named = {n: known[n] for n in names if n in known}
-    chosen = {**usual, **named} if all(n in ON_REQUEST for n in names) else named
+    chosen = {n: known[n] for n in names if n in known} if names else known
     applied = {n: p for n, p in {**chosen, **own}.items() if n not in excluded}
     # A composite goes with its parts: not where one of them is excluded, or replaced by a pattern of the user's.
     return tuple(p for n, p in applied.items() if n in own or all(known.get(q) is applied.get(q) for q in p.parts))

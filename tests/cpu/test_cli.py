@@ -60,10 +60,9 @@ def test_patterns_lists_built_in_ones(installed, capsys):
     installed()
     assert cli.main(["patterns"]) == 0
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
-    assert set(lines) == {*library.BUILT_IN, *library.ON_REQUEST}
-    for name, pattern in {**library.built_in(), **library.on_request()}.items():
-        assert ("built-in" if name in library.BUILT_IN else "on request") in lines[name]
-        assert f" {len(pattern.references)} reference" in lines[name]
+    assert set(lines) == set(library.BUILT_IN)
+    for name, pattern in library.built_in().items():
+        assert f"built-in {len(pattern.references)} reference" in lines[name]
         assert cli.describe(pattern) and lines[name].endswith(cli.describe(pattern))
 
 

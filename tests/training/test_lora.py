@@ -13,13 +13,6 @@ from training.models import batch, build, with_lora
 import rewriter
 
 STEPS = [batch((2, 16)), batch((3, 24), 1)]
-LORA = {"patterns": ["lora"]}
-
-
-@pytest.fixture
-def asked(monkeypatch):
-    """`rewriter.optimize` with the pattern."""
-    monkeypatch.setattr(rewriter, "optimize", functools.partial(rewriter.optimize, **LORA))
 
 
 @pytest.mark.parametrize(
@@ -32,7 +25,7 @@ def asked(monkeypatch):
     ],
     ids=str,
 )
-def test_peft(kind, options, asked):
+def test_peft(kind, options):
     """By the float64 rule: with a scale of 5.7 the small gradients of keys are what is left of a cancellation."""
     model = near_truth(with_lora(build(kind, use_cache=False), **options), STEPS, contextlib.nullcontext, 2e-6)
     report = rewriter.report(model)
@@ -43,7 +36,7 @@ def test_peft(kind, options, asked):
 
 
 def test_dropout():
-    *_, report = assert_trains_alike(with_lora(build("Llama", use_cache=False), dropout=0.1), STEPS, options=LORA)
+    *_, report = assert_trains_alike(with_lora(build("Llama", use_cache=False), dropout=0.1), STEPS)
     assert report.coverage()["lora"] == (14, 14)  # each layer has a dropout of its own
 
 
@@ -51,17 +44,12 @@ def test_checkpointing():
     model = build("Llama", use_cache=False)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()
-    *_, report = assert_trains_alike(with_lora(model, dropout=0.1), STEPS, options=LORA)
+    *_, report = assert_trains_alike(with_lora(model, dropout=0.1), STEPS)
     assert report.sites("lora")
 
 
-def test_not_without_being_asked():
-    *_, report = assert_trains_alike(with_lora(build("Llama", use_cache=False)), STEPS[:1])
-    assert not report.sites("lora") and report.sites("rms_norm")
-
-
 @pytest.mark.parametrize("context", [False, True], ids=["plain", "autocast"])
-def test_float32_adapters_of_bfloat16_weights(context, asked):
+def test_float32_adapters_of_bfloat16_weights(context):
     model = with_lora(build("Llama", use_cache=False).bfloat16())
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -95,7 +83,7 @@ def test_kinds_of_peft(kind):
     config.target_modules = TARGETS.get(kind, ["q_proj", "v_proj", "down_proj"])
     model = peft.get_peft_model(gpt2() if name == "GPT2" else build(name, layers=1, use_cache=False), config)
     fill(model)
-    *_, report = assert_trains_alike(model.train(), STEPS, options=LORA)
+    *_, report = assert_trains_alike(model.train(), STEPS)
     reasons = [miss.reason for miss in report.near_misses if miss.pattern == "lora"]
     assert len(report.sites("lora")) == places
     assert any(reason in why for why in reasons) if reason else not reasons

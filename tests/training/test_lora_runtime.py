@@ -34,7 +34,7 @@ def adapted(targets=TARGETS, **options):
 def pair():
     model = adapted()
     eager = copy.deepcopy(model)
-    rewriter.optimize(model, patterns=["lora"])
+    rewriter.optimize(model)
     for m in (model, eager):
         step(m, BATCH)
         m.zero_grad()
@@ -178,7 +178,7 @@ def test_optimizers_from_before_and_after(tmp_path):
     names = [n for n, _ in model.named_parameters()]
     before = {n: id(p) for n, p in model.named_parameters()}
     optimizers = [[torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.1)] for m in (model, eager)]
-    rewriter.optimize(model, patterns=["lora"])
+    rewriter.optimize(model)
     for number in range(4):
         if number == 2:
             for m, own in zip((model, eager), optimizers, strict=True):
@@ -249,7 +249,7 @@ def test_autocast_comes_and_goes(adapters):
         if "lora_" in name:
             parameter.data = parameter.data.to(adapters)
     eager = copy.deepcopy(model)
-    rewriter.optimize(model, patterns=["lora"])
+    rewriter.optimize(model)
     for enabled in (True, False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             losses = [step(m, BATCH).loss.detach() for m in (model, eager)]
@@ -298,4 +298,4 @@ def test_adapter_that_is_merged_for_each_forward():
     """PEFT puts the weights back whenever the names of such a module's parts are asked for: nobody may, in between."""
     model = get_peft_model(Attentive(), LoraConfig(r=2, target_modules=["attention"])).train()
     fill(model)
-    assert_trains_alike(model, [(torch.randn(2, 4, 8),)] * 2, options={"patterns": ["lora"]})
+    assert_trains_alike(model, [(torch.randn(2, 4, 8),)] * 2)

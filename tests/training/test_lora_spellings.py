@@ -46,7 +46,7 @@ class Written(nn.Module):
 
 def written(spelling, trained=False):
     batches = [(torch.randn(n, 4, D, generator=torch.Generator().manual_seed(n)),) for n in (2, 3)]
-    *_, report = assert_trains_alike(Written(spelling, trained), batches, options={"patterns": ["lora"]})
+    *_, report = assert_trains_alike(Written(spelling, trained), batches)
     return report
 
 
@@ -317,12 +317,12 @@ def test_no_word_about_other_sums_of_products():
             self.packed_up = nn.Linear(D, 4 * D)
             self.packed_down = nn.Parameter(torch.randn(N, 4 * D))
 
-    *_, report = assert_trains_alike(Parallel(), [(torch.randn(2, 4, D),)], options={"patterns": ["lora"]})
+    *_, report = assert_trains_alike(Parallel(), [(torch.randn(2, 4, D),)])
     assert not misses(report)
 
 
 def test_second_derivatives_are_refused_not_wrong():
-    model = rewriter.optimize(Written(FOUND["between"]), patterns=["lora"])
+    model = rewriter.optimize(Written(FOUND["between"]))
     wanted = [model.a, model.b, model.first.weight]
     gradients = torch.autograd.grad(model(torch.randn(2, 4, D)), wanted, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):

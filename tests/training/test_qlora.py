@@ -17,8 +17,7 @@ import rewriter
 from rewriter.patterns import linear_4bit
 
 STEPS = [batch((2, 16)), batch((3, 24), 1)]
-LORA = {"patterns": ["lora"]}
-PATTERNS = [None, LORA["patterns"]]
+EXCLUDED = [[], ["lora"]]
 
 
 @pytest.fixture
@@ -47,43 +46,43 @@ def test_layers_alone(quant_type, nested, everywhere):
 @pytest.mark.parametrize("nested", [False, True])
 def test_adapters(nested, dropout, everywhere):
     model = with_lora(in_4_bits(base(), nested=nested), dropout)
-    *_, report = assert_trains_alike(model, STEPS, options=LORA)
+    *_, report = assert_trains_alike(model, STEPS)
     assert report.coverage()["lora"] == (14, 14)
     assert not report.sites("linear_4bit") and not report.near_misses
 
 
 def test_adapters_without_their_pattern(everywhere):
-    *_, report = assert_trains_alike(with_lora(in_4_bits(base())), STEPS)
+    *_, report = assert_trains_alike(with_lora(in_4_bits(base())), STEPS, options={"exclude": ["lora"]})
     assert report.coverage()["linear_4bit"] == (14, 14)
 
 
-@pytest.mark.parametrize("patterns", PATTERNS)
-def test_checkpointing(patterns, everywhere):
+@pytest.mark.parametrize("exclude", EXCLUDED)
+def test_checkpointing(exclude, everywhere):
     model = in_4_bits(base())
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()
-    *_, report = assert_trains_alike(with_lora(model, 0.1), STEPS, options={"patterns": patterns})
-    assert report.sites("lora" if patterns else "linear_4bit")
+    *_, report = assert_trains_alike(with_lora(model, 0.1), STEPS, options={"exclude": exclude})
+    assert report.sites("linear_4bit" if exclude else "lora")
 
 
-@pytest.mark.parametrize("patterns", PATTERNS)
+@pytest.mark.parametrize("exclude", EXCLUDED)
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16])
-def test_bfloat16(adapter, autocast, patterns, everywhere):
+def test_bfloat16(adapter, autocast, exclude, everywhere):
     """As near to float64 with the weights that bitsandbytes unpacks as eager is."""
     model = with_lora(in_4_bits(base().bfloat16(), compute=torch.bfloat16))
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.to(adapter)
     context = functools.partial(torch.autocast, "cpu", dtype=torch.bfloat16, enabled=autocast)
-    report = as_near_to_the_truth(model, context, 8e-3, {"patterns": patterns})
-    assert report.sites("lora" if patterns else "linear_4bit")
+    report = as_near_to_the_truth(model, context, 8e-3, exclude=exclude)
+    assert report.sites("linear_4bit" if exclude else "lora")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_products_in_another_dtype_than_the_models(dtype, everywhere):
     model = with_lora(in_4_bits(base(), compute=dtype))
-    report = as_near_to_the_truth(model, contextlib.nullcontext, 8e-3, LORA)
+    report = as_near_to_the_truth(model, contextlib.nullcontext, 8e-3)
     assert report.sites("lora")
 
 
@@ -97,22 +96,22 @@ def test_prepared_by_peft(autocast, kind, everywhere):
     with torch.no_grad():
         model(**STEPS[0])  # bitsandbytes' first forward changes the dtype of biases, which Dynamo can't follow
     context = functools.partial(torch.autocast, "cpu", dtype=torch.bfloat16, enabled=autocast)
-    report = as_near_to_the_truth(model, context, 8e-3, LORA)
+    report = as_near_to_the_truth(model, context, 8e-3)
     assert report.coverage()["lora"] == (14, 14)
     assert 3 in {r.details["layers"] for r in report.rewrites if r.pattern == "lora"}  # those of one input are one call
     assert not report.near_misses
 
 
-def as_near_to_the_truth(model, context, floor, options):
+def as_near_to_the_truth(model, context, floor, **options):
     return rewriter.report(near_truth(model, STEPS[:1], context, floor, exact(model), options))
 
 
-@pytest.mark.parametrize("patterns", PATTERNS)
-def test_inference(patterns, everywhere):
+@pytest.mark.parametrize("exclude", EXCLUDED)
+def test_inference(exclude, everywhere):
     """Keeps the library's operators, which are made for few tokens."""
     model = with_lora(in_4_bits(base()))
     eager = copy.deepcopy(model).eval()
-    model = rewriter.optimize(model, patterns=patterns).eval()
+    model = rewriter.optimize(model, exclude=exclude).eval()
     with torch.no_grad():
         new, old = (m(**STEPS[0]).logits for m in (model, eager))
     torch.testing.assert_close(new, old, rtol=1e-5, atol=1e-5)
@@ -121,7 +120,7 @@ def test_inference(patterns, everywhere):
 
 
 def test_adapter_is_saved_and_loaded(tmp_path, everywhere):
-    model, eager, _ = assert_trains_alike(with_lora(in_4_bits(base())), STEPS, options=LORA)
+    model, eager, _ = assert_trains_alike(with_lora(in_4_bits(base())), STEPS)
     model.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(in_4_bits(base()), tmp_path).eval()
     with torch.no_grad():
@@ -144,19 +143,19 @@ def test_excluded(everywhere):
     assert "linear_4bit" not in report.coverage() and report.sites("rms_norm")
 
 
-@pytest.mark.parametrize("patterns", PATTERNS)
-def test_on_a_cpu_they_stay(patterns):
+@pytest.mark.parametrize("exclude", EXCLUDED)
+def test_on_a_cpu_they_stay(exclude):
     model = with_lora(in_4_bits(base()))
-    *_, report = assert_trains_alike(model, STEPS[:1], options={"patterns": patterns})
+    *_, report = assert_trains_alike(model, STEPS[:1], options={"exclude": exclude})
     assert not {r.pattern for r in report.rewrites} & {"linear_4bit", "lora"}
     assert "its library's operator" in str(report)
     assert not report.near_misses
 
 
-@pytest.mark.parametrize("patterns", PATTERNS)
-def test_8_bits_stay(patterns, everywhere):
+@pytest.mark.parametrize("exclude", EXCLUDED)
+def test_8_bits_stay(exclude, everywhere):
     model = with_lora(in_8_bits(base()))
-    *_, report = assert_trains_alike(model, STEPS[:1], options={"patterns": patterns})
+    *_, report = assert_trains_alike(model, STEPS[:1], options={"exclude": exclude})
     assert not report.sites("linear_4bit") and report.sites("rms_norm")
 
 

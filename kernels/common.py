@@ -11,7 +11,8 @@ import inspect
 import os
 
 import torch
-from torch._subclasses.functional_tensor import FunctionalTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 
 try:
     import triton
@@ -61,7 +62,8 @@ def has_aligned_rows(tensor):
     """Whether the copy engine can read a 16-bit matrix: rows are dense and begin at multiples of 16 bytes."""
     # A tensor that is traced has no address; what begins at no multiple of 16 bytes is copied before the graph runs.
     start = tensor.storage_offset() * tensor.element_size() if _TRACED.get() else tensor.data_ptr()
-    return (tensor.stride(1), tensor.stride(0) % 8, start % 16) == (1, 0, 0)
+    apart = tensor.stride(0) >= tensor.shape[1]  # rows that share memory are none of a tensor map's
+    return (tensor.stride(1), tensor.stride(0) % 8, start % 16) == (1, 0, 0) and apart
 
 
 def tiles(tensor, *shape):
@@ -112,9 +114,14 @@ def register(schema, implementation, fake, *, traced=False):
 
 def _trace(implementation):
     def trace(mode, operator, types, arguments, keywords):
-        tensors = (a for a in torch.utils._pytree.tree_leaves(arguments) if isinstance(a, torch.Tensor))
-        if INTERPRET or not use_triton(next(tensors)):
+        from torch.export._trace import custom_triton_ops_decomposition_disabled  # as torch.library.triton_op asks
+
+        leaves = torch.utils._pytree.tree_leaves((arguments, keywords))
+        on_gpu = any(isinstance(a, torch.Tensor) and use_triton(a) for a in leaves)
+        if INTERPRET or not on_gpu or custom_triton_ops_decomposition_disabled():
             return mode.__torch_dispatch__(operator, types, arguments, keywords)
+        if any(t not in (torch.Tensor, FunctionalTensor) and not issubclass(t, FakeTensor) for t in types):
+            return NotImplemented  # a subclass takes the operator apart by itself
         token = _TRACED.set(True)
         try:
             with mode:

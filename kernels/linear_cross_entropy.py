@@ -154,7 +154,8 @@ def _implementation(
     )  # fmt: skip
     (classes, width), rows = weight.shape, target.numel()
     dtype = matmul_dtype or x.dtype
-    x, target = x.reshape(rows, width), target.reshape(rows)
+    x, target = x.reshape(rows, width), target.reshape(rows).contiguous()
+    bias, class_weight = (t if t is None else t.contiguous() for t in (bias, class_weight))
     upstream = upstream if upstream is None else upstream.reshape(rows).contiguous()
     w = weight.to(dtype)
     fused = exponentials.suits(x, w, dtype, label_smoothing, need_dbias)

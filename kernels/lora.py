@@ -121,7 +121,7 @@ def _stacked(down, scales, dtype):
 
 
 def _product(wide, narrow, dtype):
-    """wide @ narrow in `dtype`, of which narrow is; wide may be bfloat16 where that is float32."""
+    """wide @ narrow in `dtype`, of which narrow is; where that is float32, a bfloat16 wide is never cast to it."""
     if wide.dtype is dtype:
         return torch.mm(wide, narrow)
     if not (wide.is_cuda and wide.dtype is torch.bfloat16 and dtype is torch.float32):
@@ -174,6 +174,7 @@ def _products_implementation(x, weights, biases, u, up):
     if not (even and len(weights) <= lora_triton.MOST_BRANCHES and lora_triton.suits(x, *weights, each=each)):
         return _products_apart(x, weights, biases, u, up, x.dtype)
     with on_device(x):
+        biases = [b if b is None else b.contiguous() for b in biases]
         return lora_triton.products(x, weights, biases, u, [b.contiguous() for b in up], each)
 
 

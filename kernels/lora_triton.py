@@ -91,7 +91,7 @@ def gradients(grads, up, u, each):
     for number in blocks:
         v.append(v_parts[start : start + number].sum(0).to(u.dtype))
         start += number
-    dup = [part.sum(0).to(b.dtype)[:, : b.shape[1]] for part, b in zip(b_parts, up, strict=True)]
+    dup = [part.sum(0)[:, : b.shape[1]].to(b.dtype) for part, b in zip(b_parts, up, strict=True)]
     return torch.cat(v, 1) if len(v) > 1 else v[0], dup
 
 

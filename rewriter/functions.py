@@ -14,9 +14,8 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from rewriter.legality import draws_random_numbers
 from rewriter.log import log
-from rewriter.meta import example
+from rewriter.meta import draws_random_numbers, example
 from rewriter.normalise import normalise
 
 _NO_OPERATORS = {torch._C._set_grad_enabled}

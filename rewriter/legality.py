@@ -12,7 +12,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from rewriter.meta import TensorMeta, example, tensor_meta
+from rewriter.meta import TensorMeta, draws_random_numbers, example, tensor_meta
 from rewriter.pattern import Call, Match
 from rewriter.shadow import Shadow
 
@@ -222,19 +222,6 @@ class Legality:
         for node in _window(own[0].next, self.position[before] - self.position[own[0]] - 1):
             if draws_random_numbers(node):
                 raise Illegal(f"{node.name} draws random numbers before the replacement does", node)
-
-
-def draws_random_numbers(node: fx.Node) -> bool:
-    """Whether a node draws random numbers, as far as can be told: a call that nothing is known of may."""
-    if node.op not in ("call_function", "call_method", "call_module"):
-        return False
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return node.target is not operator.getitem and node.meta.get("forward") is None
-    if node.target is torch.ops.aten.dropout.default:
-        return bool(node.args[1]) and bool(node.args[2])
-    if node.target is torch.ops.aten.scaled_dot_product_attention.default:
-        return node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0) != 0.0
-    return torch.Tag.nondeterministic_seeded in node.target.tags
 
 
 def _made_of_sizes(covered: tuple[fx.Node, ...]) -> set[fx.Node]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,3 +89,16 @@ def set_example(node: fx.Node, value: Any) -> None:
             node.meta["tensor"] = TensorMeta.of(value)
         except (ValueError, RuntimeError):
             return  # a data-dependent size: nothing is known of it, so no pattern will touch it
+
+
+def draws_random_numbers(node: fx.Node) -> bool:
+    """Whether a node draws random numbers, as far as can be told: a call that nothing is known of may."""
+    if node.op not in ("call_function", "call_method", "call_module"):
+        return False
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return node.target is not operator.getitem and node.meta.get("forward") is None
+    if node.target is torch.ops.aten.dropout.default:
+        return bool(node.args[1]) and bool(node.args[2])
+    if node.target is torch.ops.aten.scaled_dot_product_attention.default:
+        return node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0) != 0.0
+    return torch.Tag.nondeterministic_seeded in node.target.tags

@@ -11,8 +11,8 @@ import operator
 import torch
 from torch import fx
 
-from rewriter.legality import draws_random_numbers, may_alias, written_nodes
-from rewriter.meta import example, set_example, tensor_meta
+from rewriter.legality import may_alias, written_nodes
+from rewriter.meta import draws_random_numbers, example, set_example, tensor_meta
 
 aten = torch.ops.aten
 

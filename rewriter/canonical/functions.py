@@ -34,7 +34,9 @@ def _autograd_function(shadow: Shadow, node: fx.Node, args: list[Any]) -> Value 
     results = forward.graph.find_nodes(op="output")[0].args[0]
     if isinstance(results, fx.Node):
         result = shadow.of[results]
-        return shadow.add(result.op, result.inputs, result.attrs, node)
+        if not any(value is result for value in shadow.values[made:]):  # one of its operands
+            return None
+        return shadow.add(result.op, result.inputs, result.attrs, node, unique=result.op.startswith("opaque:"))
     return shadow.add("results", tuple(shadow.of[result] for result in results), (), node)
 
 

@@ -137,3 +137,19 @@ def test_exponentials_all_ignored(hopper):
     x, w, target = inputs(rows=(39,), classes=75, width=20, bias=False)
     loss = linear_cross_entropy(x, w, target.fill_(-100), reduction="sum", chunk_tokens=16)
     assert loss == 0 and all(g.eq(0).all() for g in torch.autograd.grad(loss, (x, w)))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_exponentials_of_vectors_that_are_columns(hopper, reduction):
+    """Targets, bias and class weights whose numbers lie apart, as one codebook of several."""
+    x, weight, target, bias = inputs(ignored=3)
+    targets = torch.full((*target.shape, 4), -100)
+    targets[..., 1] = target
+    table, weights = torch.randn(len(bias), 3), torch.rand(len(bias), 2)
+    table[:, 1] = bias.detach()
+
+    def loss(target, bias, class_weight):
+        return linear_cross_entropy(x, weight, target, bias=bias, class_weight=class_weight, reduction=reduction)
+
+    dense = loss(target, table[:, 1].contiguous(), weights[:, 1].contiguous())
+    assert torch.equal(loss(targets[..., 1], table[:, 1], weights[:, 1]), dense)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from numerics import strided
 
-from rewriter.kernels import lora_triton
+from rewriter.kernels import lora, lora_triton
 
 OUTS = [(72,), (40, 8), (24, 72, 16)]
 
@@ -55,3 +55,11 @@ def test_gradients(outs, rank, rows):
         close(v[:, i * each :][:, :rank], g @ b)
         assert not v[:, i * each + rank : (i + 1) * each].any()
         close(db, g.t() @ u[:, i * each : i * each + rank])
+
+
+def test_biases_that_are_columns(monkeypatch):
+    """Through the operator, whose kernels read vectors densely."""
+    monkeypatch.setattr(lora_triton, "suits", lambda *matrices, each: True)
+    x, u, weight, up, table = matrices((77, 40), (77, 16), (24, 40), (24, 16), (24, 3))
+    (y,) = lora._products_implementation(x, [weight], [table[:, 1]], u, [up])
+    close(y, torch.nn.functional.linear(x, weight, table[:, 1]) + u @ up.t())

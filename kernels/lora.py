@@ -152,9 +152,10 @@ def _all_bfloat16(*tensors):
 def _products(x, weights, biases, u, up, adapter, out):
     """The y_i [T, N_i] of x [T, D] and the weights in one dtype, u and the B_i in another one that is as wide or wider.
 
-    Kernels for a small y are not worth it, nor is anything lost by a second pass over it where D is large.
+    Kernels for a small y are not worth it, and few rows (generation) are the library's: its products are made for them.
     """
-    if _all_bfloat16(x, u, *weights) and out is torch.bfloat16 and sum(len(w) for w in weights) >= 1024:
+    large = x.shape[0] >= 64 and sum(len(w) for w in weights) >= 1024
+    if large and _all_bfloat16(x, u, *weights) and out is torch.bfloat16:
         return _products_op(x, weights, biases, u, [b.to(adapter) for b in up])
     narrow = x.dtype if x.is_cuda and x.dtype is out else adapter
     return _products_apart(x, weights, biases, u.to(narrow), [b.to(narrow) for b in up], out)

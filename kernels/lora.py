@@ -154,8 +154,8 @@ def _products(x, weights, biases, u, up, adapter, out):
 
     Kernels for a small y are not worth it, and few rows (generation) are the library's: its products are made for them.
     """
-    large = x.shape[0] >= 64 and sum(len(w) for w in weights) >= 1024
-    if large and _all_bfloat16(x, u, *weights) and out is torch.bfloat16:
+    fits = _all_bfloat16(x, u, *weights) and out is torch.bfloat16
+    if fits and x.shape[0] >= 64 and sum(len(w) for w in weights) >= 1024:
         return _products_op(x, weights, biases, u, [b.to(adapter) for b in up])
     narrow = x.dtype if x.is_cuda and x.dtype is out else adapter
     return _products_apart(x, weights, biases, u.to(narrow), [b.to(narrow) for b in up], out)

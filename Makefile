@@ -38,9 +38,10 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 demo: $(READY)
 	$(BIN)/python examples/demo.py $(ARGS)
 
-# One thread for each worker: two workers with two threads each would wait for one another.
+# One thread for each worker: two workers with two threads each would wait for one another. The fuzzer, the longest of all
+# tests, begins first.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/cpu tests/training tests/fuzz
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/fuzz tests/cpu tests/training
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not rest" tests/zoo
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/interpreter
 

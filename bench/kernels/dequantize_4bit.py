@@ -49,6 +49,7 @@ def milliseconds(function, flush, repeat=30):
         function()
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeat)]
     for start, end in events:
+        torch.cuda._sleep(1_000_000)  # cycles: until then the host has launched what follows
         flush.zero_()
         start.record()
         function()

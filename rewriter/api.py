@@ -55,6 +55,7 @@ def optimize(
               accelerator and eager on a CPU
     dynamic:  as in torch.compile: None lets a second shape become dynamic, True starts so, False never
     verify:   "first" proves each distinct match once, in values and gradients, before it is used; "off" trusts patterns
+              (but for a backward that the model itself has written: what it does, only a proof can tell)
     strict:   raise RewriteError where something that looks like a pattern was not rewritten
 
     Raises TypeError for a model that is no nn.Module or an argument of the wrong type, ValueError for an unknown

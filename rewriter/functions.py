@@ -45,10 +45,10 @@ def _pure(body: fx.GraphModule, operands: int) -> fx.GraphModule | None:
     for node in body.graph.nodes:
         if node.op == "placeholder" or node.op == "output" or node.target in _NO_OPERATORS:
             continue
-        if node in needed and _is_pure(node):
-            new[node] = graph.node_copy(node, new.__getitem__)
-        elif node in needed or not (_is_pure(node) or _is_of_sizes(node)):
+        if not (_is_pure(node) or _is_of_sizes(node)):
             return None
+        if node in needed:  # torch 2.11 gives what was asked about sizes back beside the result
+            new[node] = graph.node_copy(node, new.__getitem__)
     graph.output(fx.node.map_arg(results, new.__getitem__))
     return fx.GraphModule(body, graph)
 

@@ -151,7 +151,6 @@ _LOOP = "code in a loop over data-dependent lengths: Dynamo compiles its functio
 
 # type -> (kind -> places of the census that are not found, why)
 MISSED: dict[str, tuple[dict[str, int], str]] = {
-    "blt": ({"rms_norm": 1}, "behind a graph break, in a function that has no module's name"),
     "gpt_neox_japanese": ({"attention": 2}, _RETURNED),
     "hy_v4": ({"rms_norm": 5}, "not a norm: the factor of a row multiplies something else"),
     "longcat_flash": ({"glu": 2}, "a loop over experts that Dynamo leaves to Python, as it reads their numbers"),

@@ -29,6 +29,7 @@ from .common import (
     memory_order,
     no_autocast,
     on_device,
+    permuted,
     processors,
     register,
     row_start,
@@ -414,7 +415,7 @@ def _backward_triton(
     if x.numel() == 0:
         return dx, dw.zero_(), db.zero_()
     dx = Output(dx, order if need_dx else [0])
-    mean, rstd = (t.permute(order[:-1]).contiguous() for t in (mean, rstd))
+    mean, rstd = (permuted(t, order[:-1]).contiguous() for t in (mean, rstd))
     dy, *dy_layout = rows(dy, order)
     s, *s_layout = (dy, *dy_layout) if ds is None else rows(ds, order)
     x, *x_layout = rows(x, order)

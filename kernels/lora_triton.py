@@ -76,7 +76,7 @@ def gradients(grads, up, u, each):
     count, outs = len(u), [g.shape[1] for g in grads]
     BM, BN = PASS["BM"], PASS["BN"] if min(outs) >= 2048 else PASS["BN"] // 2
     blocks = [ceil_div(n, BN) for n in outs]
-    splits = _splits(sum(blocks), processors(u))
+    splits = max(1, processors(u) // sum(blocks))  # parts of the rows: all programs run at once
     v_parts = u.new_empty(sum(blocks), count, each, dtype=torch.float32)
     b_parts = [u.new_empty(splits, n, each, dtype=torch.float32) for n in outs]
     branches = []
@@ -95,14 +95,10 @@ def gradients(grads, up, u, each):
     return torch.cat(v, 1) if len(v) > 1 else v[0], dup
 
 
-def _splits(blocks, programs):
-    """Into how many parts the rows are cut: all programs run at once, and most of the multiprocessors read enough."""
-    return max(1, programs // blocks)
-
-
 @jit
 def _matrix(X, row_count, columns, step, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """A matrix that is loaded and stored by tiles; 0 is loaded beyond its edges."""
+    # `step` is not cast: torch 2.11, in search of what a launch writes, makes it a constant, which has no `to`.
     return tl.make_tensor_descriptor(X, [row_count, columns], [step, 1], [ROWS, COLUMNS])
 
 

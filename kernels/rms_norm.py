@@ -25,6 +25,7 @@ from .common import (
     memory_order,
     no_autocast,
     on_device,
+    permuted,
     processors,
     register,
     row_start,
@@ -383,7 +384,7 @@ def _backward_triton(dy, ds, x, weight, rstd, offset, scale, floor, outside, rou
     if x.numel() == 0:
         return dx, dw.zero_()
     dx = Output(dx, order if need_dx else [0])
-    rstd = rstd.permute(order[:-1]).contiguous()
+    rstd = permuted(rstd, order[:-1]).contiguous()
     dy, *dy_layout = rows(dy, order)
     s, *s_layout = (dy, *dy_layout) if ds is None else rows(ds, order)
     x, *x_layout = rows(x, order)

@@ -6,6 +6,7 @@ strides, so a transposed view or a slice of a packed projection is read where it
 
 import contextlib
 import contextvars
+import dataclasses
 import functools
 import inspect
 import os
@@ -92,6 +93,26 @@ def launch(kernel, *grid, scratch=None):
     context = contextvars.copy_context()  # the allocator is a context variable; the caller's stays
     context.run(triton.set_allocator, allocate)
     return functools.partial(context.run, kernel[grid])
+
+
+@dataclasses.dataclass(frozen=True)
+class MadeAgain:
+    """How a backward kernel writes a forward kernel's result once more: into its parameter of the same name.
+
+    That parameter is None otherwise. A pass over AOTAutograd's graphs asks for it (rewriter/made_again.py) where
+    something else in backward needs the result, which then need not be kept from forward on.
+
+    backward: the kernel
+    result:   the parameter
+    inputs:   parameters of the backward kernel that have to be what the forward kernel has or has written by that name
+    """
+
+    backward: object
+    result: str
+    inputs: tuple[str, ...]
+
+
+MADE_AGAIN: dict[object, MadeAgain] = {}  # by the forward kernel
 
 
 def register(schema, implementation, fake, *, traced=False):

@@ -13,6 +13,8 @@ from torch.autograd.function import once_differentiable
 
 from .activations import ACTIVATIONS, CUT, derivative, reference, value
 from .common import (
+    MADE_AGAIN,
+    MadeAgain,
     Output,
     ceil_div,
     compute_dtype,
@@ -246,12 +248,15 @@ def _forward_kernel(
 
 @jit
 def _backward_kernel(
-    DY, G, U, DG, DU, count, width, y_inner, y_outer, y_step, g_inner, g_outer, g_step, u_inner, u_outer, u_step,
+    DY, G, U, DG, DU, Y, count, width, y_inner, y_outer, y_step, g_inner, g_outer, g_step, u_inner, u_outer, u_step,
     PACKED: tl.constexpr, GATE_FIRST: tl.constexpr, NEED_GATE: tl.constexpr, NEED_UP: tl.constexpr,
     ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr, ACC: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Tiles as in forward; DG and DU are dense, or PACKED: DG holds both, a row of one beside that of the other."""
+    """Tiles as in forward; DG and DU are dense, or PACKED: DG holds both, a row of one beside that of the other.
+
+    Y: None, or forward's result is written there, too.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     mask = (row < count)[:, None] & (column < width)
@@ -259,7 +264,7 @@ def _backward_kernel(
     dy = tl.load(DY + row_start(row, y_inner, y_outer, y_step)[:, None] + column, mask=mask, other=0.0).to(ACC)
     g = tl.load(G + row_start(row, g_inner, g_outer, g_step)[:, None] + column, mask=mask, other=0.0).to(ACC)
     u = g
-    if NEED_GATE or LIMIT is not None:
+    if NEED_GATE or LIMIT is not None or Y is not None:
         u = tl.load(U + row_start(row, u_inner, u_outer, u_step)[:, None] + column, mask=mask, other=0.0).to(ACC)
     if PACKED:
         DU = DG
@@ -271,6 +276,12 @@ def _backward_kernel(
         tl.store(DG + out, _gate_gradient(dy, g, u, ACTIVATION, ALPHA, LIMIT, SHIFT), mask=mask)
     if NEED_UP:
         tl.store(DU + out, _up_gradient(dy, g, u, ACTIVATION, ALPHA, LIMIT), mask=mask)
+    if Y is not None:
+        y = _value(g, u, ACTIVATION, ALPHA, LIMIT, SHIFT)
+        tl.store(Y + (row.to(tl.int64) * width)[:, None] + column, y, mask=mask)
+
+
+MADE_AGAIN[_forward_kernel] = MadeAgain(_backward_kernel, "Y", ("G", "U"))
 
 
 @jit
@@ -367,7 +378,7 @@ def _backward_triton(
     grid, sizes = _grid(gate.numel() // width, width)
     with on_device(gate):
         launch(_backward_kernel, *grid)(
-            dy, gate, up, dgate, dup, gate.numel() // width, width, *y_layout, *g_layout, *u_layout,
+            dy, gate, up, dgate, dup, None, gate.numel() // width, width, *y_layout, *g_layout, *u_layout,
             PACKED=packed, GATE_FIRST=gate_first, NEED_GATE=dgate is not None, NEED_UP=packed or dup is not None,
             **constants, **sizes,
         )  # fmt: skip

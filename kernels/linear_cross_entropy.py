@@ -148,22 +148,27 @@ def _implementation(
     matmul_dtype, chunk_tokens, need_dx, need_dweight, need_dbias,
 ):  # fmt: skip
     options = (ignore_index, label_smoothing, scale, softcap, z_loss)
-    losses, dx, dweight, dbias = _fake(
-        x, weight, target, bias, class_weight, z_ratio, upstream, *options, matmul_dtype, chunk_tokens,
-        need_dx, need_dweight, need_dbias,
-    )  # fmt: skip
     (classes, width), rows = weight.shape, target.numel()
     dtype = matmul_dtype or x.dtype
+    w = weight.to(dtype)
+    fused = exponentials.suits(x, w, dtype, label_smoothing, need_dbias)
+    losses, dx, dweight, dbias = _fake(
+        x, weight, target, bias, class_weight, z_ratio, upstream, *options, matmul_dtype, chunk_tokens,
+        need_dx, need_dweight and not fused, need_dbias,
+    )  # fmt: skip
     x, target = x.reshape(rows, width), target.reshape(rows).contiguous()
     bias, class_weight = (t if t is None else t.contiguous() for t in (bias, class_weight))
     upstream = upstream if upstream is None else upstream.reshape(rows).contiguous()
-    w = weight.to(dtype)
-    fused = exponentials.suits(x, w, dtype, label_smoothing, need_dbias)
-    chunk = chunk_tokens or default_chunk(rows, classes)
-    # For Triton rows of logits are padded: with an odd number of classes all access would be unaligned. Not for a CPU,
-    # where torch.mm in bfloat16 multiplies what lies behind the columns by zero, and NaN stays NaN (torch 2.13).
-    padded = ceil_div(classes, 64) * 64 if use_triton(x) else classes
-    buffer = x.new_empty(min(chunk, rows), padded, dtype=dtype)[:, :classes]
+    chunk = min(chunk_tokens or default_chunk(rows, classes), rows)
+    if fused:
+        buffer = exponentials.logits_buffer(w, chunk)
+        if need_dweight:
+            dweight = exponentials.weight_gradient(weight, _grad_dtype(weight), chunk if rows > chunk else 0)
+    else:
+        # For Triton rows of logits are padded: with an odd number of classes all access would be unaligned. Not for a
+        # CPU, where torch.mm in bfloat16 multiplies what is behind the columns by zero, and NaN stays NaN (torch 2.13).
+        padded = ceil_div(classes, 64) * 64 if use_triton(x) else classes
+        buffer = x.new_empty(chunk, padded, dtype=dtype)[:, :classes]
     in_place = dweight.dtype is losses.dtype or rows <= FEW * chunk
     weight_sum = dweight if in_place else torch.empty_like(dweight, dtype=losses.dtype)
     if rows == 0:

@@ -15,6 +15,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .common import (
+    MADE_AGAIN,
+    MadeAgain,
     Output,
     ceil_div,
     compute_dtype,
@@ -243,7 +245,7 @@ def _forward_kernel(
 
 @jit
 def _backward_kernel(
-    DY, DS, X, W, RSTD, DX, PARTIAL, count, width,
+    DY, DS, X, W, RSTD, DX, PARTIAL, Y, count, width,
     y_inner, y_outer, y_step, s_inner, s_outer, s_step, x_inner, x_outer, x_step,
     OFFSET: tl.constexpr, SCALE: tl.constexpr, FLOOR: tl.constexpr, OUTSIDE: tl.constexpr, ADD: tl.constexpr,
     WEIGHT: tl.constexpr, ROUND: tl.constexpr, NEED_DX: tl.constexpr, NEED_DW: tl.constexpr,
@@ -251,7 +253,7 @@ def _backward_kernel(
 ):  # fmt: skip
     """Programs stride over tiles of whole rows; each leaves its share of dw in one row of PARTIAL [programs, width].
 
-    ADD: DS is added to DX. FLOOR: RSTD is negative where the floor holds.
+    ADD: DS is added to DX. FLOOR: RSTD is negative where the floor holds. Y: None, or for forward's result once more.
     """
     column = tl.arange(0, COLUMNS)
     inside = (column < width)[None, :]
@@ -268,9 +270,14 @@ def _backward_kernel(
         g = tl.load(y_at, mask=mask, other=0.0).to(ACC)
         rstd = tl.load(RSTD + row, mask=row < count, other=0.0)[:, None]
         free = rstd > 0
-        if FLOOR:
+        if FLOOR > 0:
             rstd = tl.abs(rstd)
         u = x * rstd
+        if Y is not None:
+            n = finish(u, X, SCALE, ROUND, ACC)
+            if WEIGHT:
+                n = n * w
+            tl.store(Y + (row.to(tl.int64) * width)[:, None] + column[None, :], n, mask=mask)
         if NEED_DW:
             total += g * finish(u, X, SCALE, ROUND, ACC)
         if NEED_DX:
@@ -279,7 +286,7 @@ def _backward_kernel(
             if SCALE != 1.0:
                 g = g * SCALE
             mean = (tl.sum(g * u, 1) / width)[:, None]
-            if FLOOR:
+            if FLOOR > 0:
                 mean = tl.where(free, mean, 0.0)
             if OUTSIDE > 0:
                 mean = mean / root_share(rstd, OUTSIDE)
@@ -290,6 +297,9 @@ def _backward_kernel(
             tl.store(DX + (row.to(tl.int64) * width)[:, None] + column[None, :], dx, mask=mask)
     if NEED_DW:
         tl.store(PARTIAL + tl.program_id(0) * width + column, tl.sum(total, 0), mask=column < width)
+
+
+MADE_AGAIN[_forward_kernel] = MadeAgain(_backward_kernel, "Y", ("RSTD", "W"))
 
 
 @jit
@@ -306,7 +316,7 @@ def _backward_wide_kernel(
     s_row = DS + row_start(row, s_inner, s_outer, s_step)
     rstd = tl.load(RSTD + row)
     free = rstd > 0
-    if FLOOR:
+    if FLOOR > 0:
         rstd = tl.abs(rstd)
     column = tl.arange(0, COLUMNS)
     product = tl.zeros([COLUMNS], ACC)
@@ -316,7 +326,7 @@ def _backward_wide_kernel(
         g = weighted(g, W, c, width, OFFSET, SCALE, WEIGHT, ACC)
         product += g * tl.load(x_row + c, mask=c < width, other=0.0).to(ACC)
     mean = tl.sum(product, 0) * rstd / width
-    if FLOOR:
+    if FLOOR > 0:
         mean = tl.where(free, mean, 0.0)
     if OUTSIDE > 0:
         mean = mean / root_share(rstd, OUTSIDE)
@@ -343,7 +353,7 @@ def _weight_wide_kernel(
         x = tl.load(X + row_start(row, x_inner, x_outer, x_step) + column, mask=column < width, other=0.0).to(ACC)
         g = tl.load(DY + row_start(row, y_inner, y_outer, y_step) + column, mask=column < width, other=0.0).to(ACC)
         rstd = tl.load(RSTD + row)
-        if FLOOR:
+        if FLOOR > 0:
             rstd = tl.abs(rstd)
         total += g * finish(x * rstd, X, SCALE, ROUND, ACC)
     tl.store(PARTIAL + tl.program_id(0) * width + column, total, mask=column < width)
@@ -395,13 +405,13 @@ def _backward_triton(dy, ds, x, weight, rstd, offset, scale, floor, outside, rou
     if need_dw:
         programs = min(programs, processors(x) * max(2, 16 // warps))
         partial = x.new_empty(programs, width, dtype=compute)
-    flags = dict(SCALE=scale, FLOOR=floor > 0, ACC=triton_dtype(compute), COLUMNS=COLUMNS, num_warps=warps)
+    flags = dict(SCALE=scale, FLOOR=floor, ACC=triton_dtype(compute), COLUMNS=COLUMNS, num_warps=warps)
     scaled = dict(OFFSET=offset, OUTSIDE=outside, WEIGHT=weight is not None, ADD=ds is not None)
     sizes = (count, width, *dy_layout, *s_layout, *x_layout)
     with on_device(x):
         if width <= COLUMNS:
             launch(_backward_kernel, programs)(
-                dy, s, x, weight, rstd, dx.rows, partial if need_dw else None, *sizes,
+                dy, s, x, weight, rstd, dx.rows, partial if need_dw else None, None, *sizes,
                 ROUND=round_before_weight, NEED_DX=need_dx, NEED_DW=need_dw, ROWS=ROWS, **scaled, **flags,
             )  # fmt: skip
         else:

@@ -28,10 +28,13 @@ def execute(gm: fx.GraphModule, example_inputs: list[Any], executor: str) -> Cal
         from torch._inductor.compile_fx import compile_fx
         from torch._inductor.decomposition import select_decomp_table
 
+        from rewriter.made_again import MakeAgain
+
         # Random numbers as eager draws them: the same seed gives the same dropout masks, and a forward that is
         # recomputed under another graph (checkpointing) draws what it drew before.
         decompositions = {**select_decomp_table(), **DECOMPOSITIONS}
-        return compile_fx(gm, example_inputs, config_patches={"fallback_random": True}, decompositions=decompositions)
+        patches = {"fallback_random": True, "joint_custom_pre_pass": MakeAgain()}
+        return compile_fx(gm, example_inputs, config_patches=patches, decompositions=decompositions)
     with_checkpoints(gm)
     return gm.forward
 

@@ -1,0 +1,211 @@
+"""Activations that a backward kernel makes again: which, when not, and that all values stay the same in every bit.
+
+Graphs are traced as on a GPU and run on a CPU, where the families' PyTorch references stand for the launches.
+"""
+
+import contextlib
+import operator
+
+import pytest
+import torch
+from torch import fx
+from torch.nn import functional as F
+
+triton = pytest.importorskip("triton")
+
+from torch._functorch.aot_autograd import aot_export_joint_simple  # noqa: E402
+from torch._functorch.partitioners import min_cut_rematerialization_partition  # noqa: E402
+from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_functional as LAUNCH  # noqa: E402
+from torch._inductor.fx_passes.post_grad import decompose_triton_kernel_wrapper_functional  # noqa: E402
+from torch._inductor.fx_passes.reinplace import reinplace_inplaceable_ops_core  # noqa: E402
+from torch._inductor.virtualized import V  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime import driver  # noqa: E402
+
+from rewriter import made_again  # noqa: E402
+from rewriter.kernels import glu, lora, rms_norm  # noqa: E402
+
+
+class Hopper:
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+
+def joint_graph(function, shapes, monkeypatch):
+    with monkeypatch.context() as patch, FakeTensorMode():
+        patch.setattr(driver, "_active", Hopper())
+        for module in (glu, rms_norm):
+            patch.setattr(module, "use_triton", lambda x: True)
+            patch.setattr(module, "on_device", lambda x: contextlib.nullcontext())
+        for module in (rms_norm,):
+            patch.setattr(module, "processors", lambda x: 132)
+        patch.setattr("rewriter.kernels.common.use_triton", lambda x: True)
+        inputs = [torch.empty(shape, requires_grad=True) for shape in shapes]
+        return aot_export_joint_simple(lambda *tensors: (function(*tensors),), inputs, trace_joint=True)
+
+
+class References(fx.Interpreter):
+    """Runs a joint graph; what a launch would write is computed by the family's reference."""
+
+    def call_function(self, target, args, kwargs):
+        if target is not LAUNCH:
+            return super().call_function(target, args, kwargs)
+        constants = made_again.kernel_side_table.get_constant_args(kwargs["constant_args_idx"])
+        a = {**constants, **kwargs["kwargs"]}
+        kernel = made_again.kernel_side_table.get_kernel(kwargs["kernel_idx"])
+        return RUN[kernel.fn](a)
+
+
+def glu_options(a):
+    return a["ACTIVATION"], a["ALPHA"], a["LIMIT"], a["SHIFT"]
+
+
+def run_glu(a):
+    return {"Y": glu._forward_reference(a["G"], a["U"], *glu_options(a))}
+
+
+def run_glu_backward(a):
+    dg, du = torch.empty_like(a["G"]), torch.empty_like(a["U"])
+    glu._backward_reference(a["DY"], a["G"], a["U"], *glu_options(a), dg, du)
+    out = {"DG": torch.cat([dg, du], -1)} if a["PACKED"] else {"DG": dg, "DU": du}
+    return out if a["Y"] is None else {**out, **run_glu(a)}
+
+
+def norm_options(a):
+    return a["OFFSET"], a["SCALE"], a["FLOOR"], a["OUTSIDE"], a["ROUND"]
+
+
+def run_norm(a):
+    x, r = a["X"], a["R"] if a["RESIDUAL"] else None
+    y, s, rstd = rms_norm._add_forward(x, r, a["W"], a["EPS"], *norm_options(a), a["Y"].dtype)
+    return {"Y": y, "RSTD": rstd, "S": s}
+
+
+def run_norm_backward(a):
+    offset, scale, floor, outside, rounds = norm_options(a)
+    ds = a["DS"] if a["ADD"] else None
+    given = a["DY"], ds, a["X"], a["W"], a["RSTD"], offset, scale, floor, outside, rounds
+    dx, dw = rms_norm._backward(*given, True, True)
+    out = {"DX": dx, "PARTIAL": torch.cat([dw[None], dw.new_zeros(len(a["PARTIAL"]) - 1, len(dw))])}
+    if a["Y"] is not None:
+        n = rms_norm.finished(a["X"] * a["RSTD"].abs().unsqueeze(-1), a["X"].dtype, scale, rounds)
+        out["Y"] = n * (offset + a["W"])
+    return out
+
+
+RUN = {
+    glu._forward_kernel: run_glu,
+    glu._backward_kernel: run_glu_backward,
+    rms_norm._forward_kernel: run_norm,
+    rms_norm._backward_kernel: run_norm_backward,
+}
+
+
+def normed(x, w):
+    return rms_norm.rms_norm(x, w, 1e-6)
+
+
+def residual(x, r, w, a):
+    y, s = rms_norm.add_rms_norm(x, r, w, 1e-6)
+    return F.linear(y, a) + s
+
+
+def adapters(x, w, a, b):
+    n = normed(x, w)
+    return lora.lora(n, [torch.ones(6, 8)], [None], [a], [b], [2.0])[0]
+
+
+def block(x, w, a, b, c):
+    n = normed(x, w)
+    return x + F.linear(glu.glu(F.linear(n, a), F.linear(n, b), activation="silu"), c)
+
+
+# name: (function, shapes of its inputs), how many results are made again
+CASES = {
+    "gated unit": ((lambda g, u, w: F.linear(glu.glu(g, u, activation="silu"), w), [(2, 5, 8), (2, 5, 8), (6, 8)]), 1),
+    "clamped": (
+        (lambda g, u, w: F.linear(glu.glu(g, u, activation="silu", limit=0.5, shift=1.0), w), [(5, 8), (5, 8), (6, 8)]),
+        1,
+    ),
+    "gated unit of strided tensors": (
+        (lambda g, u, w: glu.glu(g.transpose(0, 1), u.transpose(0, 1), activation="gelu") * w,
+         [(2, 5, 8), (2, 5, 8), (8,)]), 1,
+    ),
+    "packed": ((lambda x, w: F.linear(glu.glu_packed(x, activation="silu"), w), [(2, 5, 16), (6, 8)]), 1),
+    "norm": ((lambda x, w, a, b: F.linear(normed(x, w), a) * F.linear(normed(x, w), b),
+              [(2, 5, 8), (8,), (6, 8), (6, 8)]), 2),
+    "norm of a sum": ((residual, [(2, 5, 8), (2, 5, 8), (8,), (8, 8)]), 1),
+    "adapters": ((adapters, [(2, 5, 8), (8,), (4, 8), (6, 4)]), 1),
+    "block": ((block, [(2, 5, 8), (8,), (6, 8), (6, 8), (8, 6)]), 2),
+    "twice, and seen": (
+        (lambda g, u, w: F.linear(glu.glu(g, u, activation="silu"), w) + glu.glu(g, u, activation="relu").sum(),
+         [(2, 5, 8), (2, 5, 8), (6, 8)]), 1,
+    ),
+    # nothing in backward needs it
+    "frozen": ((lambda g, u, w: F.linear(glu.glu(g, u, activation="silu"), w.detach()), [(5, 8), (5, 8), (6, 8)]), 0),
+    # the kernel's own upstream gradient needs it
+    "squared": ((lambda g, u: glu.glu(g, u, activation="silu").square(), [(5, 8), (5, 8)]), 0),
+    "squared and linear": (
+        (lambda g, u, w: F.linear((y := glu.glu(g, u, activation="silu")), w) * y.square().sum(),
+         [(5, 8), (5, 8), (6, 8)]), 0,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_are_the_same(name, monkeypatch):
+    (function, shapes), expected = CASES[name]
+    gm = joint_graph(function, shapes, monkeypatch)
+    generator = torch.Generator().manual_seed(0)
+
+    def values(node):
+        return torch.randn(node.meta["val"].shape, generator=generator)
+
+    inputs = [values(n) for n in gm.graph.nodes if n.op == "placeholder"]
+    before = torch.utils._pytree.tree_leaves(References(gm).run(*inputs))
+    kept = kept_results(gm.graph)
+    assert len(made_again.make_again(gm.graph)) == expected
+    gm.recompile()
+    after = torch.utils._pytree.tree_leaves(References(gm).run(*inputs))
+    assert len(before) == len(after)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True) if a is not None)
+    assert len(kept_results(gm.graph)) == len(kept) - expected
+    assert made_again.make_again(gm.graph) == [], "a second time there is nothing left to do"
+
+
+@pytest.mark.parametrize("name", ["gated unit", "packed", "norm of a sum", "block"])
+def test_inductor_keeps_less_and_copies_nothing(name, monkeypatch):
+    """Its partitioner, and its passes over the launches of backward."""
+    (function, shapes), expected = CASES[name]
+    kept = []
+    for make_again in (lambda graph: None, made_again.make_again):
+        gm = joint_graph(function, shapes, monkeypatch)
+        make_again(gm.graph)
+        gm.recompile()
+        inputs = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
+        _, backward = min_cut_rematerialization_partition(gm, inputs, num_fwd_outputs=1)
+        graph = backward.graph
+        kept.append(sum(n.meta["val"].numel() for n in graph.find_nodes(op="placeholder")))
+        reinplace_inplaceable_ops_core(graph)
+        with V.set_fake_mode(inputs[0].fake_mode):
+            decompose_triton_kernel_wrapper_functional(graph)
+        written = [n for n in graph.nodes if n.target is torch.ops.higher_order.triton_kernel_wrapper_mutation]
+        assert written and not any(n.target is torch.ops.aten.clone.default for n in graph.nodes)
+    assert kept[1] < kept[0]
+
+
+def kept_results(graph):
+    """Results of forward launches that something in backward reads."""
+    late = made_again.backward_nodes(graph)
+    results = [
+        n for n in graph.nodes
+        if n.target is operator.getitem and n.args[1] == "Y" and n.args[0].target is LAUNCH and n not in late
+    ]  # fmt: skip
+    return [n for n in results if made_again._late_users(n, late)]
+
+
+def test_others_decisions_on_what_is_kept_stay(monkeypatch):
+    gm = joint_graph(*CASES["gated unit"][0], monkeypatch)
+    next(n for n in gm.graph.nodes if n.target is LAUNCH).meta["recompute"] = 1
+    assert made_again.make_again(gm.graph) == []

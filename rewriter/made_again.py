@@ -32,6 +32,7 @@ VIEWS = frozenset(
         aten.split.Tensor, aten.expand.default, aten.alias.default, operator.getitem,
     }
 )  # fmt: skip
+SIZES = {aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default, aten.sym_storage_offset.default}
 TILES = {"ROWS", "COLUMNS"}  # how a kernel goes about it, not what it computes
 
 
@@ -148,12 +149,12 @@ def _ancestors(node: fx.Node) -> set[fx.Node]:
 
 
 def _late_users(node: fx.Node, late: set[fx.Node]) -> list[fx.Node]:
-    """What reads the result, or a view of it, in backward."""
+    """What reads the result, or a view of it, in backward; what asks for sizes does not."""
     users = []
     for user in node.users:
         if user.target in VIEWS:
             users += _late_users(user, late)
-        elif user in late:
+        elif user in late and user.target not in SIZES:
             users.append(user)
     return users
 
@@ -207,30 +208,37 @@ def _is_view_of(node: fx.Node, source: fx.Node) -> bool:
 
 def _empty_like(graph: fx.Graph, tensor: torch.Tensor, launch: fx.Node) -> fx.Node | None:
     """A new dense tensor of the same sizes, those that change read off an argument of the launch; None without one."""
+    sizes = list(map(_size, tensor.shape))
     given = [n for n in launch.kwargs["kwargs"].values() if isinstance(n, fx.Node)]
-    alike = next((n for n in given if _sizes(n) == list(tensor.shape)), None)
-    if not tensor.is_contiguous() or alike is None:
+    values = {n: n.meta["val"] for n in given if isinstance(n.meta.get("val"), torch.Tensor)}
+    alike = next((n for n, value in values.items() if list(map(_size, value.shape)) == sizes), None)
+    if alike is None or not _is_dense(tensor):
         return None
-    sizes = []
     for dim, size in enumerate(tensor.shape):
         if not isinstance(size, int):
-            node = graph.call_function(aten.sym_size.int, (alike, dim))
-            node.meta["val"] = size
-            size = node
-        sizes.append(size)
-    empty = graph.call_function(
-        aten.empty.memory_format, (sizes,), {"dtype": tensor.dtype, "device": tensor.device, "pin_memory": False}
-    )
+            sizes[dim] = graph.call_function(aten.sym_size.int, (alike, dim))
+            sizes[dim].meta["val"] = size
+    options = {"dtype": tensor.dtype, "device": tensor.device, "pin_memory": False}
+    empty = graph.call_function(aten.empty.memory_format, (sizes,), options)
     empty.meta["val"] = _fresh(tensor)
     return empty
+
+
+def _size(size: Any) -> Any:
+    """A size to be compared with others, which a changing one itself would take for a promise about its values."""
+    return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    step = 1
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+        if _size(stride) != _size(step):
+            return False
+        step = step * size
+    return True
 
 
 def _fresh(tensor: torch.Tensor) -> torch.Tensor:
     """A fake tensor like this one that shares its memory with none: Inductor finds by that what it may write."""
     with tensor.fake_mode:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
-
-
-def _sizes(node: fx.Node) -> list[Any] | None:
-    value = node.meta.get("val")
-    return list(value.shape) if isinstance(value, torch.Tensor) else None

@@ -13,13 +13,15 @@ from torch.nn import functional as F
 
 triton = pytest.importorskip("triton")
 
+from torch._dynamo.source import ConstantSource  # noqa: E402
 from torch._functorch.aot_autograd import aot_export_joint_simple  # noqa: E402
 from torch._functorch.partitioners import min_cut_rematerialization_partition  # noqa: E402
 from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_functional as LAUNCH  # noqa: E402
 from torch._inductor.fx_passes.post_grad import decompose_triton_kernel_wrapper_functional  # noqa: E402
 from torch._inductor.fx_passes.reinplace import reinplace_inplaceable_ops_core  # noqa: E402
 from torch._inductor.virtualized import V  # noqa: E402
-from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily  # noqa: E402
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
@@ -32,8 +34,9 @@ class Hopper:
         return GPUTarget("cuda", 90, 32)
 
 
-def joint_graph(function, shapes, monkeypatch):
-    with monkeypatch.context() as patch, FakeTensorMode():
+def joint_graph(function, shapes, monkeypatch, changing=False):
+    """changing: the first size of what has several dimensions is another one in each batch."""
+    with monkeypatch.context() as patch, FakeTensorMode(shape_env=ShapeEnv() if changing else None) as mode:
         patch.setattr(driver, "_active", Hopper())
         for module in (glu, rms_norm):
             patch.setattr(module, "use_triton", lambda x: True)
@@ -42,7 +45,19 @@ def joint_graph(function, shapes, monkeypatch):
             patch.setattr(module, "processors", lambda x: 132)
         patch.setattr("rewriter.kernels.common.use_triton", lambda x: True)
         inputs = [torch.empty(shape, requires_grad=True) for shape in shapes]
+        if changing:
+            with unset_fake_temporarily():
+                inputs = [torch.empty(shape, requires_grad=True) for shape in shapes]
+            inputs = [mode.from_tensor(t, symbolic_context=_context(t), source=ConstantSource(f"t{i}"))
+                      for i, t in enumerate(inputs)]  # fmt: skip
         return aot_export_joint_simple(lambda *tensors: (function(*tensors),), inputs, trace_joint=True)
+
+
+def _context(tensor):
+    dims = [DimDynamic.STATIC] * tensor.dim()
+    if tensor.dim() > 2:
+        dims[0] = DimDynamic.DYNAMIC
+    return StatelessSymbolicContext(dims)
 
 
 class References(fx.Interpreter):
@@ -203,6 +218,19 @@ def kept_results(graph):
         if n.target is operator.getitem and n.args[1] == "Y" and n.args[0].target is LAUNCH and n not in late
     ]  # fmt: skip
     return [n for n in results if made_again._late_users(n, late)]
+
+
+def test_sizes_that_change_are_read_off_arguments(monkeypatch):
+    """The pass asks nothing of them that holds for some sizes only."""
+    (function, shapes), expected = CASES["block"]
+    shapes = [(3, *shape[1:]) if len(shape) > 2 else shape for shape in shapes]
+    gm = joint_graph(function, shapes, monkeypatch, changing=True)
+    environment = next(n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder").fake_mode.shape_env
+    promised = len(environment.guards)
+    assert len(made_again.make_again(gm.graph)) == expected
+    assert len(environment.guards) == promised
+    places = [n for n in gm.graph.nodes if n.target is torch.ops.aten.empty.memory_format]
+    assert len(places) == expected and all(isinstance(n.args[0][0], fx.Node) for n in places)
 
 
 def test_others_decisions_on_what_is_kept_stay(monkeypatch):

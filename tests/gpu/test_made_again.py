@@ -23,8 +23,9 @@ def step(adapters, seed=0):
     if adapters:
         model = peft.get_peft_model(model, peft.LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False))
     model = rewriter.optimize(model.to("cuda", torch.bfloat16).train())
-    ids = torch.randint(0, 512, TOKENS, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
-    for _ in range(2):  # compiled first
+    batch = torch.randint(0, 512, TOKENS, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+    for shorter in (64, 0, 0):  # compiled for one length, then for any, then measured
+        ids = batch[:, shorter:].contiguous()
         model.zero_grad()
         before = torch.cuda.memory_allocated()
         loss = model(input_ids=ids, labels=ids).loss

@@ -34,6 +34,7 @@ from .common import (
     register,
     row_start,
     rows,
+    stages,
     tile,
     tl,
     traceable,
@@ -270,7 +271,7 @@ def _backward_kernel(
     OFFSET: tl.constexpr, SCALE: tl.constexpr, OUTSIDE: tl.constexpr, ADD: tl.constexpr,
     WEIGHT: tl.constexpr, ROUND: tl.constexpr,
     NEED_DX: tl.constexpr, NEED_DW: tl.constexpr, NEED_DB: tl.constexpr,
-    ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Programs stride over tiles of whole rows; each leaves its share of dw and db in one row of [programs, width].
 
@@ -284,7 +285,7 @@ def _backward_kernel(
         total_w = tl.zeros([ROWS, COLUMNS], ACC)
     if NEED_DB:
         total_b = tl.zeros([ROWS, COLUMNS], ACC)
-    for first in range(tl.program_id(0) * ROWS, count, tl.num_programs(0) * ROWS):
+    for first in tl.range(tl.program_id(0) * ROWS, count, tl.num_programs(0) * ROWS, num_stages=STAGES):
         row = first + tl.arange(0, ROWS)
         mask = (row < count)[:, None] & inside
         x_at = X + row_start(row, x_inner, x_outer, x_step)[:, None] + column[None, :]
@@ -422,10 +423,11 @@ def _backward_triton(
     weight = weight if weight is None else weight.contiguous()
     count = x.numel() // width
     ROWS, COLUMNS, warps = tile(width, max_width=8192)
-    programs = ceil_div(count, ROWS)
+    programs, ahead = ceil_div(count, ROWS), 1
     partial_w = partial_b = None
     if need_dw or need_db:
-        programs = min(programs, processors(x) * max(2, 16 // warps))
+        programs = min(programs, processors(x) * (16 // warps))  # that many fit beside one another
+        ahead = stages(ROWS * COLUMNS, dy, x, *([] if ds is None else [s]))
         partial_w, partial_b = (rstd.new_empty(programs, width) if need else None for need in (need_dw, need_db))
     flags = dict(SCALE=scale, ACC=triton_dtype(rstd.dtype), COLUMNS=COLUMNS, num_warps=warps)
     scaled = dict(OFFSET=offset, OUTSIDE=outside, WEIGHT=weight is not None, ADD=ds is not None)
@@ -435,7 +437,7 @@ def _backward_triton(
         if width <= COLUMNS:
             launch(_backward_kernel, programs)(
                 dy, s, x, weight, mean, rstd, dx.rows, partial_w, partial_b, *sizes,
-                NEED_DX=need_dx, ROWS=ROWS, **sums, **scaled, **flags,
+                NEED_DX=need_dx, ROWS=ROWS, STAGES=ahead, **sums, **scaled, **flags,
             )  # fmt: skip
         else:
             if need_dx:

@@ -30,6 +30,7 @@ from .common import (
     register,
     row_start,
     rows,
+    stages,
     tile,
     tl,
     traceable,
@@ -247,7 +248,7 @@ def _backward_kernel(
     y_inner, y_outer, y_step, s_inner, s_outer, s_step, x_inner, x_outer, x_step,
     OFFSET: tl.constexpr, SCALE: tl.constexpr, FLOOR: tl.constexpr, OUTSIDE: tl.constexpr, ADD: tl.constexpr,
     WEIGHT: tl.constexpr, ROUND: tl.constexpr, NEED_DX: tl.constexpr, NEED_DW: tl.constexpr,
-    ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Programs stride over tiles of whole rows; each leaves its share of dw in one row of PARTIAL [programs, width].
 
@@ -259,7 +260,7 @@ def _backward_kernel(
         w = load_weight(W, column, width, OFFSET, ACC)[None, :]
     if NEED_DW:
         total = tl.zeros([ROWS, COLUMNS], ACC)
-    for first in range(tl.program_id(0) * ROWS, count, tl.num_programs(0) * ROWS):
+    for first in tl.range(tl.program_id(0) * ROWS, count, tl.num_programs(0) * ROWS, num_stages=STAGES):
         row = first + tl.arange(0, ROWS)
         mask = (row < count)[:, None] & inside
         x_at = X + row_start(row, x_inner, x_outer, x_step)[:, None] + column[None, :]
@@ -391,9 +392,10 @@ def _backward_triton(dy, ds, x, weight, rstd, offset, scale, floor, outside, rou
     weight = weight if weight is None else weight.contiguous()
     count = x.numel() // width
     ROWS, COLUMNS, warps = tile(width, max_width=8192)
-    programs = ceil_div(count, ROWS)
+    programs, ahead = ceil_div(count, ROWS), 1
     if need_dw:
-        programs = min(programs, processors(x) * max(2, 16 // warps))
+        programs = min(programs, processors(x) * (16 // warps))  # that many fit beside one another
+        ahead = stages(ROWS * COLUMNS, dy, x, *([] if ds is None else [s]))
         partial = x.new_empty(programs, width, dtype=compute)
     flags = dict(SCALE=scale, FLOOR=floor > 0, ACC=triton_dtype(compute), COLUMNS=COLUMNS, num_warps=warps)
     scaled = dict(OFFSET=offset, OUTSIDE=outside, WEIGHT=weight is not None, ADD=ds is not None)
@@ -402,7 +404,7 @@ def _backward_triton(dy, ds, x, weight, rstd, offset, scale, floor, outside, rou
         if width <= COLUMNS:
             launch(_backward_kernel, programs)(
                 dy, s, x, weight, rstd, dx.rows, partial if need_dw else None, *sizes,
-                ROUND=round_before_weight, NEED_DX=need_dx, NEED_DW=need_dw, ROWS=ROWS, **scaled, **flags,
+                ROUND=round_before_weight, NEED_DX=need_dx, NEED_DW=need_dw, ROWS=ROWS, STAGES=ahead, **scaled, **flags,
             )  # fmt: skip
         else:
             if need_dx:

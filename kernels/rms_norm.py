@@ -37,7 +37,7 @@ from .common import (
     triton_dtype,
     use_triton,
 )
-from .norm_rows import finish, finished, load_weight, root_share, weighted
+from .norm_rows import finish, finished, load_weight, root_share, sum_shares, weighted
 
 
 @traceable
@@ -244,13 +244,13 @@ def _forward_kernel(
 
 @jit
 def _backward_kernel(
-    DY, DS, X, W, RSTD, DX, PARTIAL, count, width,
+    DY, DS, X, W, RSTD, DX, SHARES, count, width,
     y_inner, y_outer, y_step, s_inner, s_outer, s_step, x_inner, x_outer, x_step,
     OFFSET: tl.constexpr, SCALE: tl.constexpr, FLOOR: tl.constexpr, OUTSIDE: tl.constexpr, ADD: tl.constexpr,
     WEIGHT: tl.constexpr, ROUND: tl.constexpr, NEED_DX: tl.constexpr, NEED_DW: tl.constexpr,
     ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Programs stride over tiles of whole rows; each leaves its share of dw in one row of PARTIAL [programs, width].
+    """Programs stride over tiles of whole rows; each leaves its share of dw in one row of SHARES [programs, width].
 
     ADD: DS is added to DX. FLOOR: RSTD is negative where the floor holds.
     """
@@ -290,7 +290,7 @@ def _backward_kernel(
                 dx += tl.load(s_at, mask=mask, other=0.0).to(ACC)
             tl.store(DX + (row.to(tl.int64) * width)[:, None] + column[None, :], dx, mask=mask)
     if NEED_DW:
-        tl.store(PARTIAL + tl.program_id(0) * width + column, tl.sum(total, 0), mask=column < width)
+        tl.store(SHARES + tl.program_id(0) * width + column, tl.sum(total, 0), mask=column < width)
 
 
 @jit
@@ -334,7 +334,7 @@ def _backward_wide_kernel(
 
 @jit
 def _weight_wide_kernel(
-    DY, X, RSTD, PARTIAL, count, width, y_inner, y_outer, y_step, x_inner, x_outer, x_step,
+    DY, X, RSTD, SHARES, count, width, y_inner, y_outer, y_step, x_inner, x_outer, x_step,
     SCALE: tl.constexpr, FLOOR: tl.constexpr, ROUND: tl.constexpr, ACC: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """dw of COLUMNS columns (program axis 1) over every num_programs(0)-th row."""
@@ -347,7 +347,7 @@ def _weight_wide_kernel(
         if FLOOR:
             rstd = tl.abs(rstd)
         total += g * finish(x * rstd, X, SCALE, ROUND, ACC)
-    tl.store(PARTIAL + tl.program_id(0) * width + column, total, mask=column < width)
+    tl.store(SHARES + tl.program_id(0) * width + column, total, mask=column < width)
 
 
 def _forward_triton(x, residual, weight, eps, offset, scale, floor, outside, round_before_weight, out_dtype):
@@ -392,18 +392,18 @@ def _backward_triton(dy, ds, x, weight, rstd, offset, scale, floor, outside, rou
     weight = weight if weight is None else weight.contiguous()
     count = x.numel() // width
     ROWS, COLUMNS, warps = tile(width, max_width=8192)
-    programs, ahead = ceil_div(count, ROWS), 1
+    programs, ahead, shares = ceil_div(count, ROWS), 1, None
     if need_dw:
         programs = min(programs, processors(x) * (16 // warps))  # that many fit beside one another
         ahead = stages(ROWS * COLUMNS, dy, x, *([] if ds is None else [s]))
-        partial = x.new_empty(programs, width, dtype=compute)
+        shares = x.new_empty(programs, width, dtype=compute)
     flags = dict(SCALE=scale, FLOOR=floor > 0, ACC=triton_dtype(compute), COLUMNS=COLUMNS, num_warps=warps)
     scaled = dict(OFFSET=offset, OUTSIDE=outside, WEIGHT=weight is not None, ADD=ds is not None)
     sizes = (count, width, *dy_layout, *s_layout, *x_layout)
     with on_device(x):
         if width <= COLUMNS:
             launch(_backward_kernel, programs)(
-                dy, s, x, weight, rstd, dx.rows, partial if need_dw else None, *sizes,
+                dy, s, x, weight, rstd, dx.rows, shares, *sizes,
                 ROUND=round_before_weight, NEED_DX=need_dx, NEED_DW=need_dw, ROWS=ROWS, STAGES=ahead, **scaled, **flags,
             )  # fmt: skip
         else:
@@ -411,8 +411,9 @@ def _backward_triton(dy, ds, x, weight, rstd, offset, scale, floor, outside, rou
                 launch(_backward_wide_kernel, count)(dy, s, x, weight, rstd, dx.rows, *sizes, **scaled, **flags)
             if need_dw:
                 grid, sizes = (programs, ceil_div(width, COLUMNS)), (count, width, *dy_layout, *x_layout)
-                launch(_weight_wide_kernel, *grid)(dy, x, rstd, partial, *sizes, ROUND=round_before_weight, **flags)
-    return dx.finish(), partial.sum(0).to(weight.dtype) if need_dw else dw
+                launch(_weight_wide_kernel, *grid)(dy, x, rstd, shares, *sizes, ROUND=round_before_weight, **flags)
+        sum_shares(shares, None, dw, None)
+    return dx.finish(), dw
 
 
 _OPTIONS = (

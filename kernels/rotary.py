@@ -152,12 +152,30 @@ def _implementation(q, k, cos, sin, interleaved, out_interleaved, transpose, q_d
 
 
 @jit
-def _places(pair, half, NEIGHBOURS: tl.constexpr):
-    """Offsets of the first and second features of pairs in a row."""
-    if NEIGHBOURS:
-        return (2 * pair)[None, :], (2 * pair + 1)[None, :]
+def _load_pairs(
+    X, half, live, NEIGHBOURS: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr
+):  # fmt: skip
+    """The first and second features of the pairs, [ROWS, PAIRS] each; X: [ROWS, 1] pointers to where rows begin."""
+    pair = tl.arange(0, PAIRS)[None, :]
+    if NEIGHBOURS:  # one contiguous load
+        feature = tl.arange(0, 2 * PAIRS)[None, :]
+        x = tl.load(X + feature, mask=live & (feature < 2 * half), other=0.0).to(ACC)
+        return tl.split(tl.reshape(x, [ROWS, PAIRS, 2]))
     else:
-        return pair[None, :], (pair + half)[None, :]
+        a = tl.load(X + pair, mask=live & (pair < half), other=0.0).to(ACC)
+        return a, tl.load(X + (pair + half), mask=live & (pair < half), other=0.0).to(ACC)
+
+
+@jit
+def _store_pairs(OUT, a, b, half, live, NEIGHBOURS: tl.constexpr, PAIRS: tl.constexpr):
+    """The inverse of `_load_pairs`."""
+    if NEIGHBOURS:
+        feature = tl.arange(0, 2 * PAIRS)[None, :]
+        tl.store(OUT + feature, tl.interleave(a, b), mask=live & (feature < 2 * half))
+    else:
+        pair = tl.arange(0, PAIRS)[None, :]
+        tl.store(OUT + pair, a, mask=live & (pair < half))
+        tl.store(OUT + (pair + half), b, mask=live & (pair < half))
 
 
 @jit
@@ -175,28 +193,18 @@ def _rotate_rows(
     outer = row // size_2
     i_1 = (outer % size_1).to(tl.int64)
     i_0 = (outer // size_1).to(tl.int64)
-    pair = tl.arange(0, PAIRS)
-    mask = (row < count)[:, None] & (pair < half)[None, :]
-    x_a, x_b = _places(pair, half, X_PAIRS)
-    t_a, t_b = _places(pair, half, T_PAIRS)
-    out_a, out_b = _places(pair, half, OUT_PAIRS)
-    x = X + (i_0 * x_0 + i_1 * x_1 + i_2 * x_2)[:, None]
+    live = (row < count)[:, None]
     table = (i_0 * t_0 + i_1 * t_1 + i_2 * t_2)[:, None]
-    a = tl.load(x + x_a, mask=mask, other=0.0).to(ACC)
-    b = tl.load(x + x_b, mask=mask, other=0.0).to(ACC)
-    cos_a = tl.load(COS + table + t_a, mask=mask, other=0.0).to(ACC)
-    cos_b = tl.load(COS + table + t_b, mask=mask, other=0.0).to(ACC)
-    sin_a = tl.load(SIN + table + t_a, mask=mask, other=0.0).to(ACC)
-    sin_b = tl.load(SIN + table + t_b, mask=mask, other=0.0).to(ACC)
+    a, b = _load_pairs(X + (i_0 * x_0 + i_1 * x_1 + i_2 * x_2)[:, None], half, live, X_PAIRS, ACC, ROWS, PAIRS)
+    cos_a, cos_b = _load_pairs(COS + table, half, live, T_PAIRS, ACC, ROWS, PAIRS)
+    sin_a, sin_b = _load_pairs(SIN + table, half, live, T_PAIRS, ACC, ROWS, PAIRS)
     if TRANSPOSE:
         new_a = a * cos_a + b * sin_b
         new_b = b * cos_b - a * sin_a
     else:
         new_a = a * cos_a - b * sin_a
         new_b = b * cos_b + a * sin_b
-    out = OUT + (row.to(tl.int64) * (2 * half))[:, None]
-    tl.store(out + out_a, new_a, mask=mask)
-    tl.store(out + out_b, new_b, mask=mask)
+    _store_pairs(OUT + (row.to(tl.int64) * (2 * half))[:, None], new_a, new_b, half, live, OUT_PAIRS, PAIRS)
 
 
 @jit

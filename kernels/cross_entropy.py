@@ -171,7 +171,8 @@ def row_losses(
     """
     classes = logits.shape[-1]
     if use_triton(logits):
-        BLOCK, warps = rows_tile(classes)
+        plain = class_weight is None and not (label_smoothing or softcap or z_loss) and logits.element_size() == 2
+        BLOCK, flags = rows_tile(classes, plain)
         z, *layout = rows(logits, list(range(logits.dim())))
         _rows_kernel[(target.numel(),)](
             z, target.contiguous(), class_weight if class_weight is None else class_weight.contiguous(), z_ratio,
@@ -179,7 +180,7 @@ def row_losses(
             classes, columns, *layout,
             classes if gradient is None else gradient.stride(0), IGNORE=ignore_index, SMOOTHING=label_smoothing,
             SCALE=scale, SOFTCAP=softcap or 0.0, Z_LOSS=z_loss, ACC=triton_dtype(losses.dtype), BLOCK=BLOCK,
-            num_warps=warps,
+            **flags,
         )  # fmt: skip
         return
     z = logits.reshape(-1, classes).to(losses.dtype) * scale
@@ -215,9 +216,17 @@ def row_losses(
         gradient.copy_(dz.masked_fill_(~keep.unsqueeze(1), 0))
 
 
-def rows_tile(classes):
-    """(block, warps): long rows take a whole multiprocessor each, so that few are under way and stay in its cache."""
-    return (8192, 32) if classes > 16384 else (min(next_power_of_2(classes), 4096), 8 if classes > 1024 else 4)
+def rows_tile(classes, plain):
+    """(block, launch options): long rows take many threads each, so that few are under way and stay in the cache.
+
+    plain: 16-bit logits without options. Two programs fit on a multiprocessor then, if that is asked for: by itself the
+    assembler moves a register to memory for it, or gives each program more registers and one alone fits.
+    """
+    if classes <= 16384:
+        return min(next_power_of_2(classes), 4096), dict(num_warps=8 if classes > 1024 else 4)
+    if torch.version.hip:
+        return 8192, dict(num_warps=16)  # of 64 threads
+    return 8192, dict(num_warps=32) | (dict(maxnreg=32) if plain else {})
 
 
 @jit
@@ -259,9 +268,7 @@ def _rows_kernel(
                 tl.store(D + start + block, tl.zeros([BLOCK], ACC), mask=start + block < columns)
     else:
         known = (target >= 0) & (target < width)
-        z_target = tl.load(Z + target, mask=known, other=float("nan")).to(ACC) * SCALE
-        if SOFTCAP != 0.0:
-            z_target = SOFTCAP * tanh(z_target / SOFTCAP)
+        at_target = tl.where(known, target, -1).to(tl.int32)
         # Each lane has a maximum and a sum of its own, so that lanes wait for one another once a row, not once a block.
         # float32's lowest, not -inf, so that logits of -inf change nothing.
         lanes_largest = tl.full([BLOCK], -3.4028234663852886e38, ACC)
@@ -280,6 +287,10 @@ def _rows_kernel(
                     weight_totals += w
                     in_row *= w
                 totals += in_row
+        # Here it costs the loop no register, and no thread overwrites it yet: they wait for one another below.
+        z_target = tl.load(Z + at_target, mask=at_target >= 0, other=float("nan")).to(ACC) * SCALE
+        if SOFTCAP != 0.0:
+            z_target = SOFTCAP * tanh(z_target / SOFTCAP)
         largest = tl.max(lanes_largest, 0)
         exponentials = tl.sum(lanes * tl.exp(lanes_largest - largest), 0)
         total, weight_total = tl.sum(totals, 0), tl.sum(weight_totals, 0)
@@ -289,7 +300,7 @@ def _rows_kernel(
         confidence = tl.full([], 1 - SMOOTHING, ACC)
         factor = tl.full([], 1.0, ACC)
         if CLASS_WEIGHT is not None:
-            target_weight = tl.load(CLASS_WEIGHT + target, mask=known, other=float("nan")).to(ACC)
+            target_weight = tl.load(CLASS_WEIGHT + at_target, mask=at_target >= 0, other=float("nan")).to(ACC)
             loss *= target_weight
             confidence *= target_weight
             factor = confidence
@@ -314,7 +325,7 @@ def _rows_kernel(
             for behind in range(0, width, BLOCK):  # from the end: what was read last is likely still in the cache
                 column = (width - 1) // BLOCK * BLOCK - behind + block
                 z, derivative = _logit(Z, column, width, columns, SCALE, SOFTCAP, ACC)
-                dz = tl.exp(z - largest) * inverse - tl.where(column == target, confidence, 0.0)
+                dz = tl.exp(z - largest) * inverse - tl.where(column == at_target, confidence, 0.0)
                 if SMOOTHING != 0.0:
                     if CLASS_WEIGHT is not None:
                         dz -= share * tl.load(CLASS_WEIGHT + column, mask=column < width, other=0.0).to(ACC)

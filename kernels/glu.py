@@ -231,14 +231,22 @@ def _up_gradient(dy, g, u, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT:
 
 
 @jit
+def _place(width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(first row, first column) of a program's tile: programs go along the rows, as memory does."""
+    across = tl.cdiv(width, COLUMNS)
+    return tl.program_id(0) // across * ROWS, tl.program_id(0) % across * COLUMNS
+
+
+@jit
 def _forward_kernel(
     G, U, Y, count, width, g_inner, g_outer, g_step, u_inner, u_outer, u_step,
     ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr, ACC: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Tile: ROWS rows (program axis 0) by COLUMNS columns (axis 1); Y is dense."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    """A tile of ROWS rows by COLUMNS columns; Y is dense."""
+    first_row, first = _place(width, ROWS, COLUMNS)
+    row = first_row + tl.arange(0, ROWS)
+    column = (first + tl.arange(0, COLUMNS))[None, :]
     mask = (row < count)[:, None] & (column < width)
     g = tl.load(G + row_start(row, g_inner, g_outer, g_step)[:, None] + column, mask=mask, other=0.0).to(ACC)
     u = tl.load(U + row_start(row, u_inner, u_outer, u_step)[:, None] + column, mask=mask, other=0.0).to(ACC)
@@ -257,8 +265,9 @@ def _backward_kernel(
 
     Y: None, or forward's result is written there, too.
     """
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    first_row, first = _place(width, ROWS, COLUMNS)
+    row = first_row + tl.arange(0, ROWS)
+    column = (first + tl.arange(0, COLUMNS))[None, :]
     mask = (row < count)[:, None] & (column < width)
     out = (row.to(tl.int64) * (width * (2 if PACKED else 1)))[:, None] + column
     dy = tl.load(DY + row_start(row, y_inner, y_outer, y_step)[:, None] + column, mask=mask, other=0.0).to(ACC)
@@ -300,9 +309,10 @@ def _interleaved_forward_kernel(
     ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Tiles as above; width: of y, of which each number is made of two neighbours in x."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
-    column_x = (tl.program_id(1) * 2 * COLUMNS + tl.arange(0, 2 * COLUMNS))[None, :]
+    first_row, first = _place(width, ROWS, COLUMNS)
+    row = first_row + tl.arange(0, ROWS)
+    column = (first + tl.arange(0, COLUMNS))[None, :]
+    column_x = (2 * first + tl.arange(0, 2 * COLUMNS))[None, :]
     mask = (row < count)[:, None]
     g, u = _load_pairs(
         X + row_start(row, x_inner, x_outer, x_step)[:, None], column_x, mask, 2 * width, GATE_FIRST, ACC, ROWS, COLUMNS
@@ -318,9 +328,10 @@ def _interleaved_backward_kernel(
     ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Tiles as in forward; DX is dense."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
-    column_x = (tl.program_id(1) * 2 * COLUMNS + tl.arange(0, 2 * COLUMNS))[None, :]
+    first_row, first = _place(width, ROWS, COLUMNS)
+    row = first_row + tl.arange(0, ROWS)
+    column = (first + tl.arange(0, COLUMNS))[None, :]
+    column_x = (2 * first + tl.arange(0, 2 * COLUMNS))[None, :]
     mask = (row < count)[:, None]
     at = row_start(row, y_inner, y_outer, y_step)[:, None] + column
     dy = tl.load(DY + at, mask=mask & (column < width), other=0.0).to(ACC)
@@ -335,7 +346,7 @@ def _interleaved_backward_kernel(
 
 def _grid(count, width):
     ROWS, COLUMNS, warps = tile(width, elements=1024, max_width=1024)
-    return (ceil_div(count, ROWS), ceil_div(width, COLUMNS)), dict(ROWS=ROWS, COLUMNS=COLUMNS, num_warps=warps)
+    return ceil_div(count, ROWS) * ceil_div(width, COLUMNS), dict(ROWS=ROWS, COLUMNS=COLUMNS, num_warps=warps)
 
 
 def _constants(activation, alpha, limit, shift, *tensors):
@@ -357,12 +368,12 @@ def _forward_triton(gate, up, *options, packed=None):
     with on_device(gate):
         if packed:
             x, *x_layout = rows(packed[0], order)
-            launch(_interleaved_forward_kernel, *grid)(
+            launch(_interleaved_forward_kernel, grid)(
                 x, y.rows, count, width, *x_layout, GATE_FIRST=packed[1], **constants
             )
         else:
             (gate, *g_layout), (up, *u_layout) = rows(gate, order), rows(up, order)
-            launch(_forward_kernel, *grid)(gate, up, y.rows, count, width, *g_layout, *u_layout, **constants)
+            launch(_forward_kernel, grid)(gate, up, y.rows, count, width, *g_layout, *u_layout, **constants)
     return y.finish()
 
 
@@ -377,7 +388,7 @@ def _backward_triton(
     (dy, *y_layout), (gate, *g_layout), (up, *u_layout) = rows(dy, order), rows(gate, order), rows(up, order)
     grid, sizes = _grid(gate.numel() // width, width)
     with on_device(gate):
-        launch(_backward_kernel, *grid)(
+        launch(_backward_kernel, grid)(
             dy, gate, up, dgate, dup, None, gate.numel() // width, width, *y_layout, *g_layout, *u_layout,
             PACKED=packed, GATE_FIRST=gate_first, NEED_GATE=dgate is not None, NEED_UP=packed or dup is not None,
             **constants, **sizes,
@@ -393,7 +404,7 @@ def _interleaved_backward_triton(dy, x, gate_first, activation, alpha, limit, sh
     width = dy.shape[-1]
     grid, sizes = _grid(dy.numel() // width, width)
     with on_device(x):
-        launch(_interleaved_backward_kernel, *grid)(
+        launch(_interleaved_backward_kernel, grid)(
             dy, x, dx, dy.numel() // width, width, *y_layout, *x_layout, GATE_FIRST=gate_first, **constants, **sizes
         )
 

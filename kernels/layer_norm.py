@@ -34,13 +34,14 @@ from .common import (
     register,
     row_start,
     rows,
+    stages,
     tile,
     tl,
     traceable,
     triton_dtype,
     use_triton,
 )
-from .norm_rows import finish, finished, load_weight, root_share, weighted
+from .norm_rows import finish, finished, load_weight, root_share, sum_shares, weighted
 
 
 @traceable
@@ -265,12 +266,12 @@ def _forward_kernel(
 
 @jit
 def _backward_kernel(
-    DY, DS, X, W, MEAN, RSTD, DX, PARTIAL_W, PARTIAL_B, count, width,
+    DY, DS, X, W, MEAN, RSTD, DX, SHARES_W, SHARES_B, count, width,
     y_inner, y_outer, y_step, s_inner, s_outer, s_step, x_inner, x_outer, x_step,
     OFFSET: tl.constexpr, SCALE: tl.constexpr, OUTSIDE: tl.constexpr, ADD: tl.constexpr,
     WEIGHT: tl.constexpr, ROUND: tl.constexpr,
     NEED_DX: tl.constexpr, NEED_DW: tl.constexpr, NEED_DB: tl.constexpr,
-    ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Programs stride over tiles of whole rows; each leaves its share of dw and db in one row of [programs, width].
 
@@ -284,7 +285,7 @@ def _backward_kernel(
         total_w = tl.zeros([ROWS, COLUMNS], ACC)
     if NEED_DB:
         total_b = tl.zeros([ROWS, COLUMNS], ACC)
-    for first in range(tl.program_id(0) * ROWS, count, tl.num_programs(0) * ROWS):
+    for first in tl.range(tl.program_id(0) * ROWS, count, tl.num_programs(0) * ROWS, num_stages=STAGES):
         row = first + tl.arange(0, ROWS)
         mask = (row < count)[:, None] & inside
         x_at = X + row_start(row, x_inner, x_outer, x_step)[:, None] + column[None, :]
@@ -312,9 +313,9 @@ def _backward_kernel(
                 dx += tl.load(s_at, mask=mask, other=0.0).to(ACC)
             tl.store(DX + (row.to(tl.int64) * width)[:, None] + column[None, :], dx, mask=mask)
     if NEED_DW:
-        tl.store(PARTIAL_W + tl.program_id(0) * width + column, tl.sum(total_w, 0), mask=column < width)
+        tl.store(SHARES_W + tl.program_id(0) * width + column, tl.sum(total_w, 0), mask=column < width)
     if NEED_DB:
-        tl.store(PARTIAL_B + tl.program_id(0) * width + column, tl.sum(total_b, 0), mask=column < width)
+        tl.store(SHARES_B + tl.program_id(0) * width + column, tl.sum(total_b, 0), mask=column < width)
 
 
 @jit
@@ -357,7 +358,7 @@ def _backward_wide_kernel(
 
 @jit
 def _weight_wide_kernel(
-    DY, X, MEAN, RSTD, PARTIAL_W, PARTIAL_B, count, width, y_inner, y_outer, y_step, x_inner, x_outer, x_step,
+    DY, X, MEAN, RSTD, SHARES_W, SHARES_B, count, width, y_inner, y_outer, y_step, x_inner, x_outer, x_step,
     SCALE: tl.constexpr, ROUND: tl.constexpr, NEED_DW: tl.constexpr, NEED_DB: tl.constexpr,
     ACC: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -373,9 +374,9 @@ def _weight_wide_kernel(
             u = (x - tl.load(MEAN + row)) * tl.load(RSTD + row)
             total_w += g * finish(u, X, SCALE, ROUND, ACC)
     if NEED_DW:
-        tl.store(PARTIAL_W + tl.program_id(0) * width + column, total_w, mask=column < width)
+        tl.store(SHARES_W + tl.program_id(0) * width + column, total_w, mask=column < width)
     if NEED_DB:
-        tl.store(PARTIAL_B + tl.program_id(0) * width + column, total_b, mask=column < width)
+        tl.store(SHARES_B + tl.program_id(0) * width + column, total_b, mask=column < width)
 
 
 def _forward_triton(x, residual, weight, bias, eps, offset, scale, outside, round_before_weight, out_dtype):
@@ -422,11 +423,12 @@ def _backward_triton(
     weight = weight if weight is None else weight.contiguous()
     count = x.numel() // width
     ROWS, COLUMNS, warps = tile(width, max_width=8192)
-    programs = ceil_div(count, ROWS)
-    partial_w = partial_b = None
+    programs, ahead = ceil_div(count, ROWS), 1
+    shares_w = shares_b = None
     if need_dw or need_db:
-        programs = min(programs, processors(x) * max(2, 16 // warps))
-        partial_w, partial_b = (rstd.new_empty(programs, width) if need else None for need in (need_dw, need_db))
+        programs = min(programs, processors(x) * (16 // warps))  # that many fit beside one another
+        ahead = stages(ROWS * COLUMNS, dy, x, *([] if ds is None else [s]))
+        shares_w, shares_b = (rstd.new_empty(programs, width) if need else None for need in (need_dw, need_db))
     flags = dict(SCALE=scale, ACC=triton_dtype(rstd.dtype), COLUMNS=COLUMNS, num_warps=warps)
     scaled = dict(OFFSET=offset, OUTSIDE=outside, WEIGHT=weight is not None, ADD=ds is not None)
     sums = dict(ROUND=round_before_weight, NEED_DW=need_dw, NEED_DB=need_db)
@@ -434,17 +436,16 @@ def _backward_triton(
     with on_device(x):
         if width <= COLUMNS:
             launch(_backward_kernel, programs)(
-                dy, s, x, weight, mean, rstd, dx.rows, partial_w, partial_b, *sizes,
-                NEED_DX=need_dx, ROWS=ROWS, **sums, **scaled, **flags,
+                dy, s, x, weight, mean, rstd, dx.rows, shares_w, shares_b, *sizes,
+                NEED_DX=need_dx, ROWS=ROWS, STAGES=ahead, **sums, **scaled, **flags,
             )  # fmt: skip
         else:
             if need_dx:
                 launch(_backward_wide_kernel, count)(dy, s, x, weight, mean, rstd, dx.rows, *sizes, **scaled, **flags)
             if need_dw or need_db:
                 grid, sizes = (programs, ceil_div(width, COLUMNS)), (count, width, *dy_layout, *x_layout)
-                launch(_weight_wide_kernel, *grid)(dy, x, mean, rstd, partial_w, partial_b, *sizes, **sums, **flags)
-    dw = partial_w.sum(0).to(dw.dtype) if need_dw else dw
-    db = partial_b.sum(0).to(db.dtype) if need_db else db
+                launch(_weight_wide_kernel, *grid)(dy, x, mean, rstd, shares_w, shares_b, *sizes, **sums, **flags)
+        sum_shares(shares_w, shares_b, dw, db)
     return dx.finish(), dw, db
 
 

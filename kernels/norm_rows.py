@@ -1,6 +1,10 @@
-"""What rms_norm and layer_norm do alike to a row: n = scale * u rounded, the weight, and an epsilon beside the root."""
+"""What rms_norm and layer_norm do alike to a row: n = scale * u rounded, the weight, and an epsilon beside the root.
 
-from .common import jit, tl
+And the sums over rows that are the gradients of weight and bias: each program leaves its share and one kernel adds them
+up, so that no order of summation depends on timing.
+"""
+
+from .common import INTERPRET, ceil_div, jit, launch, tl
 
 
 def finished(u, dtype, scale, round_before_weight):
@@ -39,3 +43,40 @@ def root_share(rstd, OUTSIDE: tl.constexpr):
     """1 - outside * rstd, the root's part of 1 / rstd; 1 where rounding leaves none of it: u is as small there."""
     share = 1 - OUTSIDE * rstd
     return tl.where(share > 0, share, 1.0)
+
+
+@jit
+def _sum_kernel(
+    SHARES_W, SHARES_B, DW, DB, programs, width, NEED_DW: tl.constexpr, NEED_DB: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Sums of COLUMNS columns (program axis 0) of SHARES [programs, width], of W and of B in turn (axis 1)."""
+    if NEED_DW:
+        if tl.program_id(1) == 0:
+            _sum_columns(SHARES_W, DW, programs, width, ROWS, COLUMNS)
+    if NEED_DB:
+        if tl.program_id(1) == tl.num_programs(1) - 1:
+            _sum_columns(SHARES_B, DB, programs, width, ROWS, COLUMNS)
+
+
+@jit
+def _sum_columns(SHARES, OUT, programs, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (column < width)[None, :]
+    total = tl.zeros([ROWS, COLUMNS], SHARES.dtype.element_ty)
+    for first in range(0, programs, ROWS):
+        row = (first + tl.arange(0, ROWS))[:, None]
+        total += tl.load(SHARES + row * width + column[None, :], mask=(row < programs) & inside, other=0.0)
+    tl.store(OUT + column, tl.sum(total, 0), mask=column < width)
+
+
+def sum_shares(shares_w, shares_b, dw, db):
+    """Write the sums of [programs, width] over the programs to dw and db, [width]; shares of None: not wanted."""
+    shares = [t for t in (shares_w, shares_b) if t is not None]
+    if shares:
+        programs, width = shares[0].shape
+        ROWS, COLUMNS = (8, 2048) if INTERPRET else (256, 16)  # a program costs the interpreter more than a number
+        launch(_sum_kernel, ceil_div(width, COLUMNS), len(shares))(
+            shares_w, shares_b, dw, db, programs, width, NEED_DW=shares_w is not None, NEED_DB=shares_b is not None,
+            ROWS=ROWS, COLUMNS=COLUMNS, num_warps=8,
+        )  # fmt: skip

@@ -32,13 +32,14 @@ from .common import (
     register,
     row_start,
     rows,
+    stages,
     tile,
     tl,
     traceable,
     triton_dtype,
     use_triton,
 )
-from .norm_rows import finish, finished, load_weight, root_share, weighted
+from .norm_rows import finish, finished, load_weight, root_share, sum_shares, weighted
 
 
 @traceable
@@ -245,13 +246,13 @@ def _forward_kernel(
 
 @jit
 def _backward_kernel(
-    DY, DS, X, W, RSTD, DX, PARTIAL, Y, count, width,
+    DY, DS, X, W, RSTD, DX, SHARES, Y, count, width,
     y_inner, y_outer, y_step, s_inner, s_outer, s_step, x_inner, x_outer, x_step,
     OFFSET: tl.constexpr, SCALE: tl.constexpr, FLOOR: tl.constexpr, OUTSIDE: tl.constexpr, ADD: tl.constexpr,
     WEIGHT: tl.constexpr, ROUND: tl.constexpr, NEED_DX: tl.constexpr, NEED_DW: tl.constexpr,
-    ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Programs stride over tiles of whole rows; each leaves its share of dw in one row of PARTIAL [programs, width].
+    """Programs stride over tiles of whole rows; each leaves its share of dw in one row of SHARES [programs, width].
 
     ADD: DS is added to DX. FLOOR: RSTD is negative where the floor holds. Y: None, or for forward's result once more.
     """
@@ -261,7 +262,7 @@ def _backward_kernel(
         w = load_weight(W, column, width, OFFSET, ACC)[None, :]
     if NEED_DW:
         total = tl.zeros([ROWS, COLUMNS], ACC)
-    for first in range(tl.program_id(0) * ROWS, count, tl.num_programs(0) * ROWS):
+    for first in tl.range(tl.program_id(0) * ROWS, count, tl.num_programs(0) * ROWS, num_stages=STAGES):
         row = first + tl.arange(0, ROWS)
         mask = (row < count)[:, None] & inside
         x_at = X + row_start(row, x_inner, x_outer, x_step)[:, None] + column[None, :]
@@ -296,7 +297,7 @@ def _backward_kernel(
                 dx += tl.load(s_at, mask=mask, other=0.0).to(ACC)
             tl.store(DX + (row.to(tl.int64) * width)[:, None] + column[None, :], dx, mask=mask)
     if NEED_DW:
-        tl.store(PARTIAL + tl.program_id(0) * width + column, tl.sum(total, 0), mask=column < width)
+        tl.store(SHARES + tl.program_id(0) * width + column, tl.sum(total, 0), mask=column < width)
 
 
 MADE_AGAIN[_forward_kernel] = MadeAgain(_backward_kernel, "Y", ("RSTD", "W"))
@@ -343,7 +344,7 @@ def _backward_wide_kernel(
 
 @jit
 def _weight_wide_kernel(
-    DY, X, RSTD, PARTIAL, count, width, y_inner, y_outer, y_step, x_inner, x_outer, x_step,
+    DY, X, RSTD, SHARES, count, width, y_inner, y_outer, y_step, x_inner, x_outer, x_step,
     SCALE: tl.constexpr, FLOOR: tl.constexpr, ROUND: tl.constexpr, ACC: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """dw of COLUMNS columns (program axis 1) over every num_programs(0)-th row."""
@@ -356,7 +357,7 @@ def _weight_wide_kernel(
         if FLOOR > 0:
             rstd = tl.abs(rstd)
         total += g * finish(x * rstd, X, SCALE, ROUND, ACC)
-    tl.store(PARTIAL + tl.program_id(0) * width + column, total, mask=column < width)
+    tl.store(SHARES + tl.program_id(0) * width + column, total, mask=column < width)
 
 
 def _forward_triton(x, residual, weight, eps, offset, scale, floor, outside, round_before_weight, out_dtype):
@@ -401,26 +402,28 @@ def _backward_triton(dy, ds, x, weight, rstd, offset, scale, floor, outside, rou
     weight = weight if weight is None else weight.contiguous()
     count = x.numel() // width
     ROWS, COLUMNS, warps = tile(width, max_width=8192)
-    programs = ceil_div(count, ROWS)
+    programs, ahead, shares = ceil_div(count, ROWS), 1, None
     if need_dw:
-        programs = min(programs, processors(x) * max(2, 16 // warps))
-        partial = x.new_empty(programs, width, dtype=compute)
+        programs = min(programs, processors(x) * (16 // warps))  # that many fit beside one another
+        ahead = stages(ROWS * COLUMNS, dy, x, *([] if ds is None else [s]))
+        shares = x.new_empty(programs, width, dtype=compute)
     flags = dict(SCALE=scale, FLOOR=floor, ACC=triton_dtype(compute), COLUMNS=COLUMNS, num_warps=warps)
     scaled = dict(OFFSET=offset, OUTSIDE=outside, WEIGHT=weight is not None, ADD=ds is not None)
     sizes = (count, width, *dy_layout, *s_layout, *x_layout)
     with on_device(x):
         if width <= COLUMNS:
             launch(_backward_kernel, programs)(
-                dy, s, x, weight, rstd, dx.rows, partial if need_dw else None, None, *sizes,
-                ROUND=round_before_weight, NEED_DX=need_dx, NEED_DW=need_dw, ROWS=ROWS, **scaled, **flags,
+                dy, s, x, weight, rstd, dx.rows, shares, None, *sizes,
+                ROUND=round_before_weight, NEED_DX=need_dx, NEED_DW=need_dw, ROWS=ROWS, STAGES=ahead, **scaled, **flags,
             )  # fmt: skip
         else:
             if need_dx:
                 launch(_backward_wide_kernel, count)(dy, s, x, weight, rstd, dx.rows, *sizes, **scaled, **flags)
             if need_dw:
                 grid, sizes = (programs, ceil_div(width, COLUMNS)), (count, width, *dy_layout, *x_layout)
-                launch(_weight_wide_kernel, *grid)(dy, x, rstd, partial, *sizes, ROUND=round_before_weight, **flags)
-    return dx.finish(), partial.sum(0).to(weight.dtype) if need_dw else dw
+                launch(_weight_wide_kernel, *grid)(dy, x, rstd, shares, *sizes, ROUND=round_before_weight, **flags)
+        sum_shares(shares, None, dw, None)
+    return dx.finish(), dw
 
 
 _OPTIONS = (

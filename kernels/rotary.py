@@ -152,17 +152,35 @@ def _implementation(q, k, cos, sin, interleaved, out_interleaved, transpose, q_d
 
 
 @jit
-def _places(pair, half, NEIGHBOURS: tl.constexpr):
-    """Offsets of the first and second features of pairs in a row."""
-    if NEIGHBOURS:
-        return (2 * pair)[None, :], (2 * pair + 1)[None, :]
+def _load_pairs(
+    X, live, HALF: tl.constexpr, NEIGHBOURS: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr
+):  # fmt: skip
+    """The first and second features of the pairs, [ROWS, PAIRS] each; X: [ROWS, 1] pointers to where rows begin."""
+    pair = tl.arange(0, PAIRS)[None, :]
+    if NEIGHBOURS:  # one contiguous load
+        feature = tl.arange(0, 2 * PAIRS)[None, :]
+        x = tl.load(X + feature, mask=live & (feature < 2 * HALF), other=0.0).to(ACC)
+        return tl.split(tl.reshape(x, [ROWS, PAIRS, 2]))
     else:
-        return pair[None, :], (pair + half)[None, :]
+        a = tl.load(X + pair, mask=live & (pair < HALF), other=0.0).to(ACC)
+        return a, tl.load(X + (pair + HALF), mask=live & (pair < HALF), other=0.0).to(ACC)
+
+
+@jit
+def _store_pairs(OUT, a, b, live, HALF: tl.constexpr, NEIGHBOURS: tl.constexpr, PAIRS: tl.constexpr):
+    """The inverse of `_load_pairs`."""
+    if NEIGHBOURS:
+        feature = tl.arange(0, 2 * PAIRS)[None, :]
+        tl.store(OUT + feature, tl.interleave(a, b), mask=live & (feature < 2 * HALF))
+    else:
+        pair = tl.arange(0, PAIRS)[None, :]
+        tl.store(OUT + pair, a, mask=live & (pair < HALF))
+        tl.store(OUT + (pair + HALF), b, mask=live & (pair < HALF))
 
 
 @jit
 def _rotate_rows(
-    first, X, OUT, COS, SIN, count, size_1, size_2, x_0, x_1, x_2, t_0, t_1, t_2, half,
+    first, X, OUT, COS, SIN, count, size_1, size_2, x_0, x_1, x_2, t_0, t_1, t_2, HALF: tl.constexpr,
     X_PAIRS: tl.constexpr, OUT_PAIRS: tl.constexpr, T_PAIRS: tl.constexpr, TRANSPOSE: tl.constexpr, ACC: tl.constexpr,
     ROWS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
@@ -175,48 +193,38 @@ def _rotate_rows(
     outer = row // size_2
     i_1 = (outer % size_1).to(tl.int64)
     i_0 = (outer // size_1).to(tl.int64)
-    pair = tl.arange(0, PAIRS)
-    mask = (row < count)[:, None] & (pair < half)[None, :]
-    x_a, x_b = _places(pair, half, X_PAIRS)
-    t_a, t_b = _places(pair, half, T_PAIRS)
-    out_a, out_b = _places(pair, half, OUT_PAIRS)
-    x = X + (i_0 * x_0 + i_1 * x_1 + i_2 * x_2)[:, None]
+    live = (row < count)[:, None]
     table = (i_0 * t_0 + i_1 * t_1 + i_2 * t_2)[:, None]
-    a = tl.load(x + x_a, mask=mask, other=0.0).to(ACC)
-    b = tl.load(x + x_b, mask=mask, other=0.0).to(ACC)
-    cos_a = tl.load(COS + table + t_a, mask=mask, other=0.0).to(ACC)
-    cos_b = tl.load(COS + table + t_b, mask=mask, other=0.0).to(ACC)
-    sin_a = tl.load(SIN + table + t_a, mask=mask, other=0.0).to(ACC)
-    sin_b = tl.load(SIN + table + t_b, mask=mask, other=0.0).to(ACC)
+    a, b = _load_pairs(X + (i_0 * x_0 + i_1 * x_1 + i_2 * x_2)[:, None], live, HALF, X_PAIRS, ACC, ROWS, PAIRS)
+    cos_a, cos_b = _load_pairs(COS + table, live, HALF, T_PAIRS, ACC, ROWS, PAIRS)
+    sin_a, sin_b = _load_pairs(SIN + table, live, HALF, T_PAIRS, ACC, ROWS, PAIRS)
     if TRANSPOSE:
         new_a = a * cos_a + b * sin_b
         new_b = b * cos_b - a * sin_a
     else:
         new_a = a * cos_a - b * sin_a
         new_b = b * cos_b + a * sin_b
-    out = OUT + (row.to(tl.int64) * (2 * half))[:, None]
-    tl.store(out + out_a, new_a, mask=mask)
-    tl.store(out + out_b, new_b, mask=mask)
+    _store_pairs(OUT + (row.to(tl.int64) * (2 * HALF))[:, None], new_a, new_b, live, HALF, OUT_PAIRS, PAIRS)
 
 
 @jit
 def _rotary_kernel(
     Q, Q_OUT, Q_COS, Q_SIN, q_count, q_size_1, q_size_2, q_0, q_1, q_2, qt_0, qt_1, qt_2,
     K, K_OUT, K_COS, K_SIN, k_count, k_size_1, k_size_2, k_0, k_1, k_2, kt_0, kt_1, kt_2,
-    half, q_programs, PAIR: tl.constexpr, X_PAIRS: tl.constexpr, OUT_PAIRS: tl.constexpr, T_PAIRS: tl.constexpr,
-    TRANSPOSE: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
+    q_programs, PAIR: tl.constexpr, HALF: tl.constexpr, X_PAIRS: tl.constexpr, OUT_PAIRS: tl.constexpr,
+    T_PAIRS: tl.constexpr, TRANSPOSE: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """The first q_programs programs rotate Q, the rest K (PAIR: there is a K)."""
     program = tl.program_id(0)
     if program < q_programs:
         _rotate_rows(
-            program * ROWS, Q, Q_OUT, Q_COS, Q_SIN, q_count, q_size_1, q_size_2, q_0, q_1, q_2, qt_0, qt_1, qt_2, half,
+            program * ROWS, Q, Q_OUT, Q_COS, Q_SIN, q_count, q_size_1, q_size_2, q_0, q_1, q_2, qt_0, qt_1, qt_2, HALF,
             X_PAIRS, OUT_PAIRS, T_PAIRS, TRANSPOSE, ACC, ROWS, PAIRS,
         )  # fmt: skip
     elif PAIR:
         _rotate_rows(
             (program - q_programs) * ROWS, K, K_OUT, K_COS, K_SIN, k_count, k_size_1, k_size_2, k_0, k_1, k_2,
-            kt_0, kt_1, kt_2, half, X_PAIRS, OUT_PAIRS, T_PAIRS, TRANSPOSE, ACC, ROWS, PAIRS,
+            kt_0, kt_1, kt_2, HALF, X_PAIRS, OUT_PAIRS, T_PAIRS, TRANSPOSE, ACC, ROWS, PAIRS,
         )  # fmt: skip
 
 
@@ -251,7 +259,7 @@ def _launch(work, cos, sin, interleaved, out_interleaved, transpose):
         return
     with on_device(cos):
         launch(_rotary_kernel, sum(programs))(
-            *arguments[0], *arguments[-1], half, programs[0], PAIR=len(work) == 2, TRANSPOSE=transpose,
+            *arguments[0], *arguments[-1], programs[0], PAIR=len(work) == 2, HALF=half, TRANSPOSE=transpose,
             X_PAIRS=out_interleaved if transpose else interleaved,
             OUT_PAIRS=interleaved if transpose else out_interleaved, T_PAIRS=interleaved,
             ACC=triton_dtype(compute_dtype(*(x for x, _ in work), cos, sin)),

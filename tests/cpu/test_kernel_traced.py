@@ -59,13 +59,13 @@ def heads(interleaved):
 
 # name: (function, shapes of its inputs), launches
 CASES = {
-    "rms_norm": ((lambda x, w: rms_norm.rms_norm(x, w, 1e-6), [(4, 64, 1536), (1536,)]), 2),
-    "rms_norm, wide": ((lambda x, w: rms_norm.rms_norm(x, w, 1e-6), [(64, 20000), (20000,)]), 3),
+    "rms_norm": ((lambda x, w: rms_norm.rms_norm(x, w, 1e-6), [(4, 64, 1536), (1536,)]), 3),
+    "rms_norm, wide": ((lambda x, w: rms_norm.rms_norm(x, w, 1e-6), [(64, 20000), (20000,)]), 4),
     "add_rms_norm": (
         (lambda x, r, w: rms_norm.add_rms_norm(x, r, w, 1e-6), [(4, 64, 1536), (4, 64, 1536), (1536,)]),
-        2,
+        3,
     ),
-    "layer_norm": ((lambda x, w, b: layer_norm.layer_norm(x, w, b, 1e-6), [(4, 64, 768), (768,), (768,)]), 2),
+    "layer_norm": ((lambda x, w, b: layer_norm.layer_norm(x, w, b, 1e-6), [(4, 64, 768), (768,), (768,)]), 3),
     "glu": ((lambda g, u: glu.glu(g, u, activation="silu"), [(4, 64, 640), (4, 64, 640)]), 2),
     "glu, packed": ((lambda x: glu.glu_packed(x, activation="gelu"), [(4, 64, 1280)]), 2),
     "glu, interleaved": ((lambda x: glu.glu_packed(x, activation="silu", interleaved=True), [(4, 64, 1280)]), 2),

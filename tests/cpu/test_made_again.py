@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
 from rewriter import made_again  # noqa: E402
-from rewriter.kernels import glu, lora, rms_norm  # noqa: E402
+from rewriter.kernels import glu, lora, norm_rows, rms_norm  # noqa: E402
 
 
 class Hopper:
@@ -102,7 +102,7 @@ def run_norm_backward(a):
     ds = a["DS"] if a["ADD"] else None
     given = a["DY"], ds, a["X"], a["W"], a["RSTD"], offset, scale, floor, outside, rounds
     dx, dw = rms_norm._backward(*given, True, True)
-    out = {"DX": dx, "PARTIAL": torch.cat([dw[None], dw.new_zeros(len(a["PARTIAL"]) - 1, len(dw))])}
+    out = {"DX": dx, "SHARES": torch.cat([dw[None], dw.new_zeros(len(a["SHARES"]) - 1, len(dw))])}
     if a["Y"] is not None:
         n = rms_norm.finished(a["X"] * a["RSTD"].abs().unsqueeze(-1), a["X"].dtype, scale, rounds)
         out["Y"] = n * (offset + a["W"])
@@ -114,6 +114,7 @@ RUN = {
     glu._backward_kernel: run_glu_backward,
     rms_norm._forward_kernel: run_norm,
     rms_norm._backward_kernel: run_norm_backward,
+    norm_rows._sum_kernel: lambda a: {"DW": a["SHARES_W"].sum(0)},
 }
 
 

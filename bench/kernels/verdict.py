@@ -69,3 +69,21 @@ def summary(results):
         lines.append(f"no time to compile: {'; '.join(results['not_compiled'])}")
     lines += [f"MISS {line}" for line in results["misses"]] or ["every target is met"]
     return "\n".join(lines)
+
+
+def worst(rows):
+    """("forward 91%, backward 86%", "1.02 of liger"), the least and the most of ours over all cases; "-" for none."""
+    shares, slower, cases = {}, (0.0, ""), {}
+    for row in rows:
+        if "of_copy" in row:
+            cases.setdefault(title(row), {})[row["name"]] = row
+    for case in cases.values():
+        for row in (case[name] for name in OURS if name in case):
+            for label in row["targets"]:
+                shares[label] = min(shares.get(label, float("inf")), row["of_copy"][label])
+            for part in row["compared"]:
+                for peer in PEERS:
+                    if peer in case and part in row["ms"]:
+                        slower = max(slower, (row["ms"][part] / case[peer]["ms"][part], peer))
+    least = ", ".join(f"{label} {share:.0%}" for label, share in shares.items())
+    return least or "-", "{:.2f} of {}".format(*slower) if slower[1] else "-"

@@ -16,10 +16,10 @@ import sys
 import time
 from pathlib import Path
 
-import measure
 import verdict
 
 FOLDER = Path(__file__).parent
+OUT = Path(os.environ.get("OUT", "."))
 FAMILIES = (
     "rms_norm", "layer_norm", "rotary", "glu", "cross_entropy",
     "attention", "linear_cross_entropy", "lora", "dequantize_4bit",
@@ -29,7 +29,7 @@ COLUMNS = ("family", "status", "seconds", "rows", "failed", "least of a copy", "
 
 def run(family, device, limit):
     """(status, seconds) of the family's script, killed with all its children after `limit` seconds."""
-    (measure.OUT / f"{family}.json").unlink(missing_ok=True)  # of an earlier run
+    (OUT / f"{family}.json").unlink(missing_ok=True)  # of an earlier run
     start = time.monotonic()
     command = [sys.executable, str(FOLDER / f"{family}.py"), "--device", device]
     child = subprocess.Popen(command, start_new_session=True)
@@ -50,7 +50,7 @@ def rows_of(results):
 
 
 def line(family, status, seconds):
-    path = measure.OUT / f"{family}.json"
+    path = OUT / f"{family}.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     rows = rows_of(results)
     failed = sum("error" in row for row in rows)
@@ -76,7 +76,7 @@ def main():
         lines.append(cells)
         missed += [f"MISS {family} {miss}" for miss in results.get("misses", [])]
         good = good and status == "ok"
-    print("==", *missed, measure.table(lines), sep="\n", flush=True)
+    print("==", *missed, verdict.table(lines), sep="\n", flush=True)
     sys.exit(not good)
 
 

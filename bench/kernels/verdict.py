@@ -1,6 +1,7 @@
 """What a family's rows say: its lines of text, and each figure that misses its target.
 
 Targets: a share of the copy's bandwidth (in the rows), no part slower than Liger or Inductor, errors within the rule.
+Imports nothing that takes time.
 """
 
 OURS = ("ours", "ours, compiled")
@@ -14,10 +15,8 @@ def title(row):
 
 def text(rows):
     """The lines of one case."""
-    copies = ", ".join(
-        f"{label} {count / rows[0]['copy_ms'][label] / 1e6:.0f} GB/s"
-        for label, count in rows[0].get("bytes", {}).items()
-    )
+    copied = rows[0].get("copy_ms", {})
+    copies = ", ".join(f"{label} {rows[0]['bytes'][label] / ms / 1e6:.0f} GB/s" for label, ms in copied.items())
     lines = [f"{title(rows[0])} (a copy of as many bytes: {copies})"]
     for row in rows:
         if "error" in row:
@@ -87,3 +86,10 @@ def worst(rows):
                         slower = max(slower, (row["ms"][part] / case[peer]["ms"][part], peer))
     least = ", ".join(f"{label} {share:.0%}" for label, share in shares.items())
     return least or "-", "{:.2f} of {}".format(*slower) if slower[1] else "-"
+
+
+def table(rows):
+    """Aligned text of rows of strings; the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
+    return "\n".join("  ".join(line).rstrip() for line in lines)

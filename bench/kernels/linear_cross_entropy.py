@@ -9,30 +9,24 @@ logits, dX and, where the head is trained, dW, made in turns with what is measur
 
 import argparse
 import functools
-import importlib.metadata
-import json
-import os
-import statistics
-import sys
-from pathlib import Path
 
+import measure
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, os.getcwd())
 from rewriter.kernels.linear_cross_entropy import linear_cross_entropy
 
 SHAPES = ((8192, 1536, 151936), (8192, 4096, 128256))
-DEVICE, DTYPE = "cuda", torch.bfloat16
-OUT = Path(os.environ.get("OUT", "."))
+TINY = ((24, 32, 97),)
+DTYPE = torch.bfloat16
 
 
-def case(tokens, width, classes, trained, ignored=0.0, seed=0):
-    generator = torch.Generator(DEVICE).manual_seed(seed)
-    x = torch.randn(tokens, width, device=DEVICE, generator=generator).to(DTYPE).requires_grad_()
-    weight = (torch.randn(classes, width, device=DEVICE, generator=generator) / width**0.5).to(DTYPE)
-    target = torch.randint(0, classes, (tokens,), device=DEVICE, generator=generator)
-    target[torch.rand(tokens, device=DEVICE, generator=generator) < ignored] = -100
+def case(machine, tokens, width, classes, trained, ignored=0.0):
+    generator = machine.generator()
+    x = torch.randn(tokens, width, device=machine.device, generator=generator).to(DTYPE).requires_grad_()
+    weight = (torch.randn(classes, width, device=machine.device, generator=generator) / width**0.5).to(DTYPE)
+    target = torch.randint(0, classes, (tokens,), device=machine.device, generator=generator)
+    target[torch.rand(tokens, device=machine.device, generator=generator) < ignored] = -100
     return x, weight.requires_grad_(trained), target
 
 
@@ -44,9 +38,9 @@ def ours(x, weight, target):
     return linear_cross_entropy(x, weight, target, out_dtype=torch.float32)
 
 
-def peers():
+def peers(machine):
     """name -> function of x, weight, target."""
-    found = {"eager": eager, "torch.compile": torch.compile(eager)}
+    found = {"eager": eager, "torch.compile": torch.compile(eager, backend="inductor" if machine.gpu else "aot_eager")}
     if hasattr(F, "linear_cross_entropy"):
         found["torch F.linear_cross_entropy"] = lambda x, w, t: F.linear_cross_entropy(x, w, t)
     try:
@@ -70,49 +64,18 @@ def gradients(function, x, weight, target):
     return [loss.detach(), *torch.autograd.grad(loss, wanted)]
 
 
-def errors(function, shape, trained):
+def errors(machine, function, shape, trained):
     """Relative errors (this, eager's) of loss and gradients for 4,096 tokens, against float64."""
-    x, weight, target = case(4096, *shape[1:], trained, ignored=0.1)
+    x, weight, target = case(machine, min(4096, shape[0]), *shape[1:], trained, ignored=0.1)
     exact = [t.detach().double().requires_grad_(t.requires_grad) for t in (x, weight)]
     truth = gradients(lambda x, w, t: F.cross_entropy(x @ w.t(), t), *exact, target)
-    found = [gradients(f, x, weight, target) for f in (function, eager)]
-    return [[((g.double() - t).norm() / t.norm()).item() for g in pair] for *pair, t in zip(*found, truth, strict=True)]
-
-
-def milliseconds(*functions, repeat=12):
-    """Median of each; they take turns, so that all of them see the clocks of a GPU that is as warm.
-
-    The host runs ahead, as in a training step, so that launches are not waited for.
-    """
-    for _ in range(3):
-        for function in functions:
-            function()
-    events = [[[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in functions] for _ in range(repeat)]
-    for turn in events:
-        for function, (start, end) in zip(functions, turn, strict=True):
-            start.record()
-            function()
-            end.record()
-    torch.cuda.synchronize()
-    times = [[start.elapsed_time(end) for start, end in turn] for turn in events]
-    return [statistics.median(column) for column in zip(*times, strict=True)]
-
-
-def peak_mib(function, needed):
-    """Peak beyond the inputs and the gradients that must be there in the end."""
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    function()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before - needed) / 2**20
+    return measure.relative_errors(*(gradients(f, x, weight, target) for f in (function, eager)), truth)
 
 
 def matmuls(x, weight):
     """A function that makes the plain products and nothing else, each of them whole."""
     x, trained, weight = x.detach(), weight.requires_grad, weight.detach()
-    logits = torch.empty(len(x), len(weight), device=DEVICE, dtype=DTYPE).normal_()
+    logits = torch.empty(len(x), len(weight), device=x.device, dtype=DTYPE).normal_()
     made = torch.empty_like(logits)
 
     def products():
@@ -125,43 +88,39 @@ def matmuls(x, weight):
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--only", default="")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="comma-separated names of what is measured")
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu for a smoke run with a tiny shape")
     arguments = parser.parse_args()
-    versions = {}
-    for name in ("torch", "triton", "liger-kernel", "cut-cross-entropy"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    results = {"device": torch.cuda.get_device_name(), "versions": versions, "dtype": str(DTYPE), "rows": []}
-    print(results["device"], versions)
-    for shape in SHAPES:
+    machine = measure.Machine(arguments.device)
+    results = {**machine.environment("liger-kernel", "cut-cross-entropy"), "dtype": str(DTYPE), "rows": []}
+    print(results["device"], results["versions"])
+    for shape in SHAPES if machine.gpu else TINY:
         for trained in (False, True):
             print(f"{shape} {'trained' if trained else 'frozen'}")
-            for name, function in {"ours": ours, **peers()}.items():
+            for name, function in {"ours": ours, **peers(machine)}.items():
                 if arguments.only and name not in arguments.only.split(","):
                     continue
                 row = {"shape": shape, "trained": trained, "name": name}
                 try:
-                    row["errors"] = errors(function, shape, trained)
-                    torch.cuda.empty_cache()
+                    row["errors"] = errors(machine, function, shape, trained)
+                    machine.empty_cache()
                     for ignored in (0.0, 0.5):
-                        given = case(*shape, trained, ignored)
+                        given = case(machine, *shape, trained, ignored)
                         work = functools.partial(gradients, function, *given)
-                        ms, floor = milliseconds(work, matmuls(*given[:2]))
+                        ms, floor = machine.milliseconds(work, matmuls(*given[:2]), repeat=12, cold=False, ahead=0)
                         row.update({f"ms, {ignored:.0%} ignored": ms, f"matmuls ms, {ignored:.0%} ignored": floor})
-                        torch.cuda.empty_cache()
+                        machine.empty_cache()
                         needed = 2 * (given[0].numel() + trained * given[1].numel())
-                        row[f"extra MiB, {ignored:.0%} ignored"] = peak_mib(work, needed)
+                        row[f"extra MiB, {ignored:.0%} ignored"] = machine.peak_mib(work, needed)
                         del given, work
-                        torch.cuda.empty_cache()
+                        machine.empty_cache()
                     floor = row["matmuls ms, 0% ignored"]
                     ratio = row["of matmuls"] = row["ms, 0% ignored"] / floor
                     errors_text = ", ".join(f"{a:.1e} ({b:.1e})" for a, b in row["errors"])
                     print(
                         f"  {name:30s} {row['ms, 0% ignored']:8.2f} ms ({ratio:.3f}x of {floor:.2f})  half ignored "
-                        f"{row['ms, 50% ignored']:8.2f} ms  extra {row['extra MiB, 0% ignored']:8.0f} MiB  "
+                        f"{row['ms, 50% ignored']:8.2f} ms  extra {row['extra MiB, 0% ignored'] or 0:8.0f} MiB  "
                         f"errors (eager's) {errors_text}", flush=True,
                     )  # fmt: skip
                 except Exception as error:
@@ -169,8 +128,8 @@ def main():
                     print(f"  {name:30s} {row['error']}", flush=True)
                 results["rows"].append(row)
                 torch._dynamo.reset()
-                torch.cuda.empty_cache()
-                (OUT / "linear_cross_entropy.json").write_text(json.dumps(results, indent=1))
+                machine.empty_cache()
+                measure.save(results, "linear_cross_entropy")
 
 
 if __name__ == "__main__":

@@ -8,17 +8,11 @@ host runs ahead behind a kernel that waits, so that times are the GPU's.
 """
 
 import argparse
-import importlib.metadata
-import json
-import os
-import statistics
-import sys
-from pathlib import Path
 
+import measure
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, os.getcwd())
 from rewriter.kernels.lora import lora
 
 # name: tokens, width, widths out
@@ -32,25 +26,27 @@ SHAPES = {
     "down 8960": (8192, 8960, (1536,)),
     "down 14336": (4096, 14336, (4096,)),
 }
-DEVICE, DTYPE, SCALE = "cuda", torch.bfloat16, 2.0
-OUT = Path(os.environ.get("OUT", "."))
+TINY = {"tiny": (24, 32, (48, 16))}
+DTYPE, SCALE = torch.bfloat16, 2.0
 
 
-def case(tokens, width, outs, rank, seed=0):
+def case(machine, tokens, width, outs, rank):
     """x, weights, A and B, and upstream gradients."""
-    generator = torch.Generator(DEVICE).manual_seed(seed)
+    generator = machine.generator()
 
     def tensor(*shape, grad=False):
-        made = torch.randn(*shape, device=DEVICE, generator=generator) / (shape[-1] ** 0.5 if len(shape) == 2 else 1)
+        made = torch.randn(*shape, device=machine.device, generator=generator) / (
+            shape[-1] ** 0.5 if len(shape) == 2 else 1
+        )
         return made.to(DTYPE).requires_grad_(grad)
 
-    x = torch.randn(tokens, width, device=DEVICE, generator=generator).to(DTYPE).requires_grad_()
+    x = torch.randn(tokens, width, device=machine.device, generator=generator).to(DTYPE).requires_grad_()
     return (
         x,
         [tensor(n, width) for n in outs],
         [tensor(rank, width, grad=True) for _ in outs],
         [tensor(n, rank, grad=True) for n in outs],
-        [torch.randn(tokens, n, device=DEVICE, generator=generator).to(DTYPE) for n in outs],
+        [torch.randn(tokens, n, device=machine.device, generator=generator).to(DTYPE) for n in outs],
     )
 
 
@@ -69,9 +65,9 @@ def in_place(x, weights, down, up):
     return [F.linear(x, w).addmm_(F.linear(x, a), b.t(), alpha=SCALE) for w, a, b in layers]
 
 
-def errors(function, shape, rank):
+def errors(machine, function, shape, rank):
     """Relative errors [(this, eager's)] of outputs and gradients for 1,024 tokens, against float64."""
-    x, weights, down, up, dys = case(1024, *shape[1:], rank)
+    x, weights, down, up, dys = case(machine, min(1024, shape[0]), *shape[1:], rank)
 
     def results(function, dtype):
         cast = [
@@ -80,30 +76,7 @@ def errors(function, shape, rank):
         ys = function(cast[0][0], *cast[1:])
         return [*ys, *torch.autograd.grad(ys, cast[0] + cast[2] + cast[3], [d.to(dtype) for d in dys])]
 
-    truth, new, old = results(eager, torch.float64), results(function, DTYPE), results(eager, DTYPE)
-    return [
-        [((g.double() - t).norm() / t.norm()).item() for g in pair] for *pair, t in zip(new, old, truth, strict=True)
-    ]
-
-
-def milliseconds(*functions, repeat=12, calls=5):
-    """Median of each of the functions, which take turns at some calls in a row: clocks are those of steady work."""
-    for _ in range(3):
-        for function in functions:
-            function()
-    times = []
-    for _ in range(repeat):
-        for function in functions:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(10_000_000)  # cycles, some milliseconds: until then the host has launched all of it
-            start.record()
-            for _ in range(calls):
-                function()
-            end.record()
-            times.append((start, end))
-    torch.cuda.synchronize()
-    elapsed = [start.elapsed_time(end) / calls for start, end in times]
-    return [statistics.median(elapsed[i :: len(functions)]) for i in range(len(functions))]
+    return measure.relative_errors(results(function, DTYPE), results(eager, DTYPE), results(eager, torch.float64))
 
 
 def backward(function, x, weights, down, up, dys):
@@ -111,9 +84,8 @@ def backward(function, x, weights, down, up, dys):
     return lambda: torch.autograd.grad(ys, wanted, dys, retain_graph=True)
 
 
-def measure(name, rank, functions):
-    shape = SHAPES[name]
-    made = case(*shape, rank)
+def measured(machine, name, shape, rank, functions):
+    made = case(machine, *shape, rank)
     x, weights, down, up, dys = made
     plain = x.detach()
     forwards = [lambda: [F.linear(plain, w) for w in weights]]
@@ -121,10 +93,10 @@ def measure(name, rank, functions):
     for function in functions.values():
         forwards.append(lambda f=function: f(x, weights, down, up))
         backwards.append(backward(function, *made))
+    turns = dict(repeat=12, calls=5, cold=False, ahead=10_000_000)
+    forward_ms, backward_ms = (machine.milliseconds(*works, **turns) for works in (forwards, backwards))
     rows = []
-    for name_of, *times in zip(
-        ["frozen matmuls", *functions], milliseconds(*forwards), milliseconds(*backwards), strict=True
-    ):
+    for name_of, *times in zip(["frozen matmuls", *functions], forward_ms, backward_ms, strict=True):
         row = {
             "shape": name,
             "sizes": shape,
@@ -139,34 +111,45 @@ def measure(name, rank, functions):
     return rows
 
 
+def text(name, rank, rows):
+    worst = max(a / b for a, b in rows[1]["errors"])
+    frozen = "{forward_ms:.3f} + {backward_ms:.3f} ms".format(**rows[0])
+    lines = [f"{name}, rank {rank}: frozen {frozen}, error at most {worst:.2f} of eager's"]
+    for row in rows[1:]:
+        lines.append("    {:16s} forward {:5.3f}  backward {:5.3f}".format(row["name"], *row["of_frozen"]))
+    return "\n".join(lines)
+
+
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument(
-        "--shapes", default=",".join(SHAPES).replace(", ", "_"), help="names, comma-separated, _ for ', '"
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", help="names, comma-separated, _ for ', '; default: all")
     parser.add_argument("--ranks", default="16,64")
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu for a smoke run with a tiny shape")
     arguments = parser.parse_args()
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "triton")}
-    results = {"device": torch.cuda.get_device_name(), "versions": versions, "dtype": str(DTYPE), "rows": []}
-    print(results["device"], versions)
-    for name in arguments.shapes.split(","):
-        name = name.replace("_", ", ")
+    machine = measure.Machine(arguments.device)
+    shapes = SHAPES if machine.gpu else TINY
+    if arguments.shapes:
+        shapes = {name: shapes[name] for name in (n.replace("_", ", ") for n in arguments.shapes.split(","))}
+    results = {**machine.environment(), "dtype": str(DTYPE), "rows": []}
+    print(results["device"], results["versions"])
+    for name, shape in shapes.items():
         for rank in map(int, arguments.ranks.split(",")):
             torch._dynamo.reset()
-            compiled = torch.compile(eager), torch.compile(ours)
+            compiled = [torch.compile(f, backend="inductor" if machine.gpu else "aot_eager") for f in (eager, ours)]
             functions = {"ours, compiled": compiled[1], "ours": ours, "eager": eager, "in place": in_place,
                          "torch.compile": compiled[0]}  # fmt: skip
-            found = errors(ours, SHAPES[name], rank)
-            rows = measure(name, rank, functions)
-            rows[1]["errors"] = found
-            worst = max(a / b for a, b in found)
-            print(f"{name}, rank {rank}: frozen {rows[0]['forward_ms']:.3f} + {rows[0]['backward_ms']:.3f} ms, "
-                  f"error at most {worst:.2f} of eager's")  # fmt: skip
-            for row in rows[1:]:
-                forward, back = row["of_frozen"]
-                print(f"    {row['name']:16s} forward {forward:5.3f}  backward {back:5.3f}", flush=True)
+            try:
+                found = errors(machine, ours, shape, rank)
+                rows = measured(machine, name, shape, rank, functions)
+                rows[1]["errors"] = found
+                print(text(name, rank, rows), flush=True)
+            except Exception as error:  # one that fails must not end the run
+                rows = [
+                    {"shape": name, "sizes": shape, "rank": rank, "error": f"{type(error).__name__}: {error}"[:500]}
+                ]
+                print(rows, flush=True)
             results["rows"] += rows
-            (OUT / "lora.json").write_text(json.dumps(results, indent=1))
+            measure.save(results, "lora")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from rewriter.legality import Site, significant_strides
 from rewriter.meta import TensorMeta, tensor_meta
+from rewriter.sizes import shorter
 from rewriter.subgraph import Float64, extract
 
 # Relative error that rounding alone explains, by the dtype of the compared tensor.
@@ -130,14 +131,7 @@ def _plans(metas: list[TensorMeta]) -> list[dict[int, int]]:
         return whole
     widths = {m.shape[-1] for m in floats if m.ndim}
     weights = {m.shape[0] for m in floats if m.ndim == 2 and m is not main}
-    tokens = {s for s in main.shape[:-1] if s > MAX_TOKENS} - widths - weights
-    cut = dict.fromkeys(tokens, MAX_TOKENS)
-    for size in tokens:  # sizes derived from a cut one: shifted by one, flattened with the others
-        cut.setdefault(size - 1, MAX_TOKENS - 1)
-        for length in (size, size - 1):
-            others = math.prod(main.shape[:-1]) // size
-            smaller = math.prod(cut.get(s, s) for s in main.shape[:-1]) // MAX_TOKENS
-            cut.setdefault(length * others, cut[length] * smaller)
+    cut = shorter(main.shape, MAX_TOKENS, widths | weights)
     cut |= {size: MAX_ROWS for size in weights - widths if size > 2 * MAX_ROWS and size not in cut}
     return [cut, *whole] if cut else whole
 

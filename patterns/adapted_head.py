@@ -14,7 +14,17 @@ from torch.nn import functional as F
 
 from rewriter.pattern import Match
 from rewriter.patterns import linear_4bit as four_bits
-from rewriter.patterns.lora import inputs_of, is_rounded, layer_of, merged, misfit, numbered, ranks, scales_of, weight_of
+from rewriter.patterns.lora import (
+    inputs_of,
+    is_rounded,
+    layer_of,
+    merged,
+    misfit,
+    numbered,
+    ranks,
+    scales_of,
+    weight_of,
+)
 from rewriter.patterns.lora_forms import FORMS
 from rewriter.shadow import Value
 
@@ -102,4 +112,3 @@ def first_product(x, layer: dict, scales: tuple[float, ...], transposed: bool, d
     bias, down, up, scale = merged(layer, scales, transposed)
     u = F.linear(x.to(dtype), down.to(dtype))
     return bias, u if scale == 1 else u * scale, up
-

@@ -39,6 +39,7 @@ class LazyOutput:
     rows: int | None
     hooks: bool
     _shapes: dict = field(default_factory=dict)
+    parts: dict = field(default_factory=dict)  # of the module, for those who take it apart
 
     def shape_of(self, shapes: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
         """The output's shape for sources of these shapes, found by a run without data."""

@@ -85,6 +85,9 @@ class LinearCrossEntropy(Pattern):
     def already(self, match: Match) -> str | None:
         return adapted_head.library(match.inner["logits"]) if match.inner else None
 
+    def rounds_once(self, match: Match) -> bool:
+        return bool(match.inner)  # an adapter may be in float32 beside logits in 16 bits
+
     def row_input(self, match: Match):
         if not match.inner:
             return super().row_input(match)

@@ -215,6 +215,13 @@ class Pattern:
         """
         return match[self.rows] if self.rows in match.tensors else None
 
+    def rounds_once(self, match: Match) -> bool:
+        """Whether every gradient comes by way of one rounding to the coarsest dtype of a match, as in the model.
+
+        Numbers that happen to be equal share its error, which is then allowed, whatever the gradient's own dtype.
+        """
+        return False
+
     def replacement(self, *matches: Match) -> Call:
         """The call for one match, or for several that `group` put together (then it returns a tuple, in order)."""
         raise NotImplementedError(f"pattern {self.name!r} has no replacement")

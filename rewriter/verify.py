@@ -196,7 +196,8 @@ def _compare(site: Site, sizes: dict[int, int], scale: float, seed: int) -> list
     for result, node in zip(got, site.outputs, strict=False):
         if significant_strides(result) != significant_strides(expected[site.outputs.index(node)]):
             raise _Wrong(f"the replacement's strides are {result.stride()} where {node.name} has others")
-    return [_check(*row, coarsest) for row in zip(names, got, expected, true, strict=True)]
+    rounding = coarsest / 2 if any(m.pattern.rounds_once(m) for m in site.matches) else 0.0
+    return [_check(*row, coarsest, rounding) for row in zip(names, got, expected, true, strict=True)]
 
 
 def _coarsest_floor(site: Site) -> float:
@@ -250,8 +251,9 @@ def _run(
 
 
 def _check(
-    what: str, new: torch.Tensor | None, old: torch.Tensor | None, truth: torch.Tensor | None, coarsest: float
-) -> Check:
+    what: str, new: torch.Tensor | None, old: torch.Tensor | None, truth: torch.Tensor | None, coarsest: float,
+    rounding: float,
+) -> Check:  # fmt: skip
     if new is None or old is None or truth is None:
         same = new is None and old is None
         return Check(what, "", 0.0, 0.0 if same else math.inf, same)
@@ -260,7 +262,7 @@ def _check(
     truth = truth.double()
     size = torch.linalg.vector_norm(truth).item()
     old_error, new_error = (torch.linalg.vector_norm(t.double() - truth).item() for t in (old, new))
-    floor = FLOOR.get(new.dtype, 0.0)
+    floor = max(FLOOR.get(new.dtype, 0.0), rounding)
     if new.numel() < 64:  # so few numbers say little of the original's error: allow what its coarsest type explains
         floor = max(floor, coarsest / 8)
     limit = 2 * old_error + floor * size

@@ -17,6 +17,7 @@ class HeadAdapter:
 
     def __init__(self, u, up, du, dup, sum_dtype):
         self.u, self.up, self.du, self.dup = u, up.to(u.dtype), du, dup
+        self._narrow = {}
         self.total = None if dup is None else torch.zeros_like(dup, dtype=sum_dtype)
 
     @property
@@ -27,7 +28,9 @@ class HeadAdapter:
         """Add the rows `part` of the branch to their logits, in place."""
         u, dtype = self.u[part], logits.dtype
         if logits.is_cuda or torch.promote_types(u.dtype, dtype) is dtype:
-            logits.addmm_(u.to(dtype), self.up.to(dtype).t())
+            if dtype not in self._narrow:
+                self._narrow[dtype] = self.up.to(dtype).t()
+            logits.addmm_(u.to(dtype), self._narrow[dtype])
         else:
             wide = torch.promote_types(u.dtype, dtype)
             logits.copy_(torch.addmm(logits.to(wide), u.to(wide), self.up.to(wide).t()))

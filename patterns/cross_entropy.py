@@ -184,10 +184,7 @@ class CrossEntropy(Pattern):
 
 
 def _why_logits(value: Value) -> dict:
-    """What makes the logits, where that is no linear head: why they are there at all.
-
-    An adapter on the head adds another product to its result; a head in 4 bits is unpacked as a whole, once.
-    """
+    """What makes the logits, where that is no head that linear_cross_entropy takes: why they are there at all."""
     while value.inputs and (value.op in (*TRANSPARENT, "opaque:getitem", "mul", "tanh") or is_row_operator(value)):
         value = max(value.inputs, key=lambda v: v.meta.numel() if v.meta else 0)
     if value.op in HEADS:

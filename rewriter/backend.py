@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import fx
 
 from rewriter.execute import execute, resolve, with_checkpoints
+from rewriter.head_graph import CASTS, factor_of, head_graph
 from rewriter.lazy import LazyTensor, lazy_rows
 from rewriter.lazy_rows import Head, Rows
 from rewriter.library import select
@@ -23,11 +24,11 @@ from rewriter.log import log
 from rewriter.lower import Lowering
 from rewriter.meta import tensor_meta
 from rewriter.normalise import normalise
-from rewriter.own_loss import CASTS, PRODUCTS, SCALINGS, TURNS
 from rewriter.replace import LazyOutput
 from rewriter.rewrite import Result, rewrite
 from rewriter.session import Options, RewriteError, Session
 from rewriter.sources import Sources
+from rewriter.subgraph import extract
 
 
 class Backend:
@@ -156,57 +157,106 @@ def _lazy_tensor(spec: LazyOutput, args: tuple, results: list) -> LazyTensor:
     ambient = spec.ambient or (True, ())
     device = next(v.device for v in values if isinstance(v, torch.Tensor))
 
-    def compute(values: list[torch.Tensor]) -> torch.Tensor:
+    @contextlib.contextmanager
+    def inside() -> Iterator[None]:
         casts = dict(ambient[1])
         cast = torch.autocast(device.type, dtype=casts.get(device.type), enabled=device.type in casts)
         with torch.set_grad_enabled(grad), cast:
+            yield
+
+    def compute(values: list[torch.Tensor]) -> torch.Tensor:
+        with inside():
             return spec.module(*values)[0]
 
     shape, sources = spec.shape_of(tuple(tuple(v.shape) for v in values)), Sources(values)
     if spec.rows is not None and shape[:-1] == tuple(values[spec.rows].shape[:-1]):
         rows = Rows(sources, spec.rows, compute, shape, spec.meta.dtype, device, grad)
-        rows = dataclasses.replace(rows, head=_head(spec, dict(ambient[1]).get(device.type), values))
+        rows = dataclasses.replace(rows, head=_head(spec, dict(ambient[1]).get(device.type), values, inside))
         return lazy_rows(rows, hooks=spec.hooks)
     return LazyTensor(compute, sources, shape, spec.meta.dtype, device, grad, hooks=spec.hooks)
 
 
-def _head(spec: LazyOutput, matmul_dtype: torch.dtype | None, values: list) -> Head | None:
-    """What a loss of it can be fused with: a linear layer in one dtype, maybe scaled and capped by numbers."""
-    graph = spec.module.graph
-    places = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
-    product, *steps = [n for n in graph.nodes if n.op == "call_function" and n.target not in TURNS]
-    if product.target not in PRODUCTS or product.kwargs or places.get(product.args[0]) != spec.rows:
+def _head(spec: LazyOutput, matmul_dtype: torch.dtype | None, values: list, inside: Callable) -> Head | None:
+    """What a loss of it can be fused with: a head in one dtype, maybe scaled and capped by numbers.
+
+    inside: a context with the grad mode and autocast that the model has there
+    """
+    if "head" not in spec.parts:
+        spec.parts["head"] = _parts(spec)
+    found = spec.parts["head"]
+    if found is None:
         return None
-    x, weight, *bias = (a for a in product.args if a is not None)
-    transposed = product.target is aten.matmul.default and weight in places
-    if weight not in places:
-        weight = weight.args[0]
-    if steps and steps[0].target is aten.add.Tensor and steps[0].args[0] is product:
-        product, *steps = steps
-        bias.append(product.args[1])
-    before, after, capped, last = 1.0, 1.0, False, product
-    for step in steps:
-        if step.args[0] is not last:
-            return None
-        number, last = (step.args[1] if len(step.args) == 2 else None), step
+    weight, bias, transposed, scale, cap, adapter = found
+    own = [spec.rows, weight, *([] if bias is None else [bias])]
+    if len({values[i].dtype for i in own}) > 1 and matmul_dtype is None:
+        return None
+
+    def branch(values: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        first, ups = adapter
+        with inside():
+            u = [z.to(matmul_dtype or z.dtype) * s for z, (_, _, s) in zip(first(*values), ups, strict=True)]
+            up = [values[i].t() if by_columns else values[i] for i, by_columns, _ in ups]
+            return (u[0], up[0]) if len(u) == 1 else (torch.cat(u, -1), torch.cat(up, 1))
+
+    return Head(weight, bias, matmul_dtype, scale, cap, transposed, None if adapter is None else branch)
+
+
+def _parts(spec: LazyOutput) -> tuple | None:
+    """(places of weight and maybe bias, whether the weight is by columns, scale, maybe cap, adapter) or None.
+
+    adapter: None, or (module of all sources that gives what each first matrix does, [(place of the second, whether that
+    is by columns, scale)])
+    """
+    graph = spec.module.graph
+    inputs = graph.find_nodes(op="placeholder")
+    places = {node: i for i, node in enumerate(inputs)}
+    (output,) = graph.find_nodes(op="output")
+    head = head_graph(output.args[0][0], lambda node, dims: places.get(node, spec.rows) != spec.rows)
+    if head is None or places.get(_plain(head.product.x)) != spec.rows:
+        return None
+    before, after, capped = 1.0, 1.0, False
+    for i, step in enumerate(head.steps):
         if step.target in CASTS:
-            if not _widens(step):
+            if not _widens(step) and not (i == 0 and head.branches and _is_back_to(step, head.product.nodes[0])):
                 return None
         elif step.target is aten.tanh.default:
             if capped:
                 return None
             capped = True
-        elif step.kwargs or step.target not in SCALINGS or not isinstance(number, int | float) or not number > 0:
-            return None
-        else:
-            factor = 1 / number if step.target in (aten.div.Tensor, aten.div.Scalar) else number
+        elif (factor := factor_of(step)) > 0:
             before, after = (before, after * factor) if capped else (before * factor, after)
-    places = [places.get(node) for node in (x, weight, *bias)]
-    if None in places or (len({values[i].dtype for i in places}) > 1 and matmul_dtype is None):
-        return None
-    _, weight, *bias = places
-    scale, cap = before * after, after if capped else None
-    return Head(weight, bias[0] if bias else None, matmul_dtype, scale, cap, transposed)
+        else:
+            return None
+    weight, bias = places[head.product.weight], places.get(head.product.bias)
+    adapter = None
+    if head.branches:
+        firsts = tuple(branch.first for branch in head.branches)
+        nodes = tuple(n for n in graph.nodes if n.op == "call_function")
+        first = extract(tuple(inputs), _needed(firsts, nodes), firsts)
+        adapter = first, [(places[b.up], b.by_columns, b.scale) for b in head.branches]
+    return weight, bias, head.product.by_columns, before * after, after if capped else None, adapter
+
+
+def _plain(node: fx.Node) -> fx.Node:
+    """What another name stands for."""
+    while node.target is torch.ops.aten.alias.default:
+        node = node.args[0]
+    return node
+
+
+def _needed(results: tuple[fx.Node, ...], nodes: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
+    """Those of some nodes, in order, that results are made of."""
+    needed = set(results)
+    for node in reversed(nodes):
+        if node in needed:
+            needed.update(node.all_input_nodes)
+    return tuple(n for n in nodes if n in needed)
+
+
+def _is_back_to(step: fx.Node, product: fx.Node) -> bool:
+    """Whether a cast gives the sum with adapters the dtype of the head's product again."""
+    before, after = tensor_meta(product), tensor_meta(step)
+    return None not in (before, after) and before.dtype is after.dtype
 
 
 def _widens(step: fx.Node) -> bool:

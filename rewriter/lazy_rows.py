@@ -31,6 +31,7 @@ class Head:
 
     dtype:      what operands of the product are rounded to first, if anything
     transposed: whether the weight is [D, V]
+    adapter:    sources -> (u [..., R], up [V, R]), where u @ up.T is added to the product
     """
 
     weight: int
@@ -39,6 +40,7 @@ class Head:
     scale: float
     softcap: float | None
     transposed: bool = False
+    adapter: Callable[[list[torch.Tensor]], tuple[torch.Tensor, torch.Tensor]] | None = None
 
 
 def _detached(value: Any) -> Any:
@@ -188,8 +190,9 @@ def _cross_entropy(
         values = rows.values() if rows.needs_grad else [_detached(v) for v in rows.values()]
         bias = None if rows.head.bias is None else values[rows.head.bias]
         matrix = values[rows.head.weight].t() if rows.head.transposed else values[rows.head.weight]
+        u, up = (None, None) if rows.head.adapter is None else rows.head.adapter(values)
         return linear_cross_entropy(
-            values[rows.place], matrix, target, bias=bias, ignore_index=ignore_index,
+            values[rows.place], matrix, target, bias=bias, u=u, up=up, ignore_index=ignore_index,
             reduction=reduction, label_smoothing=label_smoothing, class_weight=weight, matmul_dtype=rows.head.dtype,
             scale=rows.head.scale, softcap=rows.head.softcap, out_dtype=dtype,
         )  # fmt: skip

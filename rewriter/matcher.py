@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rewriter.canonical import COMMUTATIVE, TRANSPARENT
 from rewriter.pattern import Match, Pattern, Reference, TracedReference, is_narrowing
@@ -72,7 +72,7 @@ def _find_reference(shadow: Shadow, pattern: Pattern, reference: Reference) -> t
             if root in tried or (found is not None and not _is_variant(root, found)):
                 continue
             tried.add(root)
-            search = _Search(pattern, traced)
+            search = _Search(pattern, traced, shadow)
             if root.node is not None and search.solve(((traced.root, root, None),)):
                 matches.append(search.match(reference, root))
                 found = root
@@ -121,21 +121,46 @@ def _passed(value: Value, pattern: Pattern) -> Value | None:
 
 
 class _Search:
-    def __init__(self, pattern: Pattern, traced: TracedReference):
-        self.pattern, self.traced = pattern, traced
+    def __init__(self, pattern: Pattern, traced: TracedReference, shadow: Shadow):
+        self.pattern, self.traced, self.shadow = pattern, traced, shadow
+        self.inner: dict[str, Reference] = {}  # by the hole of the pattern's reference that it makes
         self.bound: dict[Value, Value] = {}
         self.consts: dict[str, float] = {}
         self.rounded: dict[str, object] = {}
-        self.passed: list[tuple[str, str, tuple[Value, ...]]] = []
+        self.passed: list[tuple[Value | None, Value, tuple[Value, ...]]] = []
         self.steps = 0
         self.progress, self.reason, self.at = 0.0, "", None
 
     def match(self, reference: Reference, root: Value) -> Match:
-        tensors = {name: self.bound[hole] for hole, name in self.traced.holes.items() if hole in self.bound}
-        operators = {p: g for p, g in self.bound.items() if p not in self.traced.holes}
-        return Match(
-            self.pattern, reference, tensors, dict(self.consts), dict(self.rounded), operators, tuple(self.passed), root
-        )
+        inner = {name: self._inner_match(r) for name, r in self.inner.items()}
+        whole = self._match(reference, root, lambda consumer: not any(consumer in t.own for t in self._traced()[1:]))
+        for match in inner.values():
+            whole.tensors.update(match.tensors)
+            whole.consts.update(match.consts)
+            whole.rounded.update(match.rounded)
+            whole.bound.update(match.bound)
+        return replace(whole, inner=inner)
+
+    def _inner_match(self, reference: Reference) -> Match:
+        traced = reference.traced
+        return self._match(reference, self.bound[traced.root], lambda consumer: consumer in traced.own)
+
+    def _match(self, reference: Reference, root: Value, passed_by: Callable[[Value | None], bool]) -> Match:
+        """What is bound of one reference, with what was seen through on the edges that `passed_by` says are its own."""
+        traced = reference.traced
+        tensors = {name: self.bound[hole] for hole, name in traced.holes.items() if hole in self.bound}
+        operators = {p: g for p, g in self.bound.items() if p in traced.own and p not in traced.holes}
+        consts = {name: number for name, number in self.consts.items() if name in reference.consts}
+        rounded = {name: dtype for name, dtype in self.rounded.items() if name in reference.inputs}
+        passed = tuple((c.op if c else "", p.op, seen) for c, p, seen in self.passed if passed_by(c))
+        return Match(self.pattern, reference, tensors, consts, rounded, operators, passed, root)
+
+    def _traced(self) -> tuple[TracedReference, ...]:
+        return (self.traced, *(reference.traced for reference in self.inner.values()))
+
+    def _of(self, want: Value) -> TracedReference:
+        """The reference that a value belongs to."""
+        return next(t for t in self._traced() if want in t.own) if self.inner else self.traced
 
     def solve(self, goals: tuple) -> bool:
         if not goals:
@@ -144,27 +169,39 @@ class _Search:
         if self.steps > BUDGET:
             return self._fail("the search budget was used up", goals[0][1])
         (want, have, consumer), rest = goals[0], goals[1:]
-        state = (dict(self.bound), dict(self.consts), dict(self.rounded), len(self.passed))
+        state = (dict(self.bound), dict(self.consts), dict(self.rounded), dict(self.inner), len(self.passed))
         for more in self._expand(want, have, consumer):
             if self.solve((*more, *rest)):
                 return True
-            self.bound, self.consts, self.rounded = (dict(s) for s in state[:3])
-            del self.passed[state[3] :]
+            self.bound, self.consts, self.rounded, self.inner = (dict(s) for s in state[:4])
+            del self.passed[state[4] :]
         return False
 
     def _expand(self, want: Value, have: Value, consumer: Value | None) -> Iterator[tuple]:
         if want.op == "const":
             if self._bind_const(want, have):
                 yield ()
-        elif want in self.traced.holes:
-            if self._bind_hole(want, have):
+        elif want in (traced := self._of(want)).holes:
+            if traced is self.traced and traced.holes[want] in self.pattern.within:
+                yield from self._ways(traced.holes[want], have, consumer)
+            elif self._bind_hole(want, have):
                 yield ()
         else:
             yield from self._operator(want, have, consumer)
-            if want in self.traced.factors:
-                name, factor = self.traced.factors[want]
+            if want in traced.factors:
+                name, factor = traced.factors[want]
                 self.consts[name] = 1.0
                 yield ((factor, have, consumer),)
+
+    def _ways(self, hole: str, have: Value, consumer: Value | None) -> Iterator[tuple]:
+        """One goal for each way to make a hole, with a budget for each; for a hole that was met before, it was made."""
+        if hole in self.inner:
+            yield ((self.inner[hole].traced.root, have, consumer),)
+            return
+        for reference in self.pattern.within[hole]:
+            if reference.possible(self.shadow):
+                self.inner[hole], self.steps = reference, 0
+                yield ((reference.traced.root, have, consumer),)
 
     def _operator(self, want: Value, have: Value, consumer: Value | None) -> Iterator[tuple]:
         seen = []
@@ -192,13 +229,13 @@ class _Search:
         for operands in orders:  # `solve` takes back what an order bound before it tries the next
             self.bound[want] = have
             if seen:
-                self.passed.append((consumer.op if consumer else "", want.op, tuple(seen)))
+                self.passed.append((consumer, want, tuple(seen)))
             yield tuple((w, h, want) for w, h in zip(want.inputs, operands, strict=True))
 
     def _bind_const(self, want: Value, have: Value) -> bool:
         if have.op != "const":
             return self._fail(f"expected a constant, found {_words(have)}", have)
-        given, (name, back) = have.const, self._const_hole(want.const)
+        given, (name, back) = have.const, self._const_hole(want)
         if name is None:
             same = math.isclose(given, want.const, rel_tol=1e-6)
             return same or self._fail(f"the constant {given!r} where the pattern has {want.const!r}", have)
@@ -209,9 +246,9 @@ class _Search:
         self.consts[name] = number
         return True
 
-    def _const_hole(self, number: float) -> tuple[str | None, Callable[[float], float]]:
+    def _const_hole(self, want: Value) -> tuple[str | None, Callable[[float], float]]:
         """Which constant of the reference this number stands for, and how to get it from one found in its place."""
-        known = self.traced.consts
+        known, number = self._of(want).consts, want.const
         if number in known:
             return known[number], lambda given: given
         if number and 1.0 / number in known:
@@ -221,7 +258,7 @@ class _Search:
         return None, lambda given: given
 
     def _bind_hole(self, want: Value, have: Value) -> bool:
-        name = self.traced.holes[want]
+        name = self._of(want).holes[want]
         while have.op == "cast" and (have.node is None or not is_narrowing(have)):
             if is_narrowing(have):
                 self.rounded[name] = have.attrs[0]
@@ -237,9 +274,9 @@ class _Search:
         return True
 
     def _fail(self, reason: str, at: Value) -> bool:
-        left_out = (*self.traced.holes, *self.traced.factors)
-        operators = sum(p not in left_out for p in self.bound)
-        progress = operators / max(len(self.traced.operators) - len(self.traced.factors), 1)
+        traced = self._traced()
+        operators = sum(not any(p in t.holes or p in t.factors for t in traced) for p in self.bound)
+        progress = operators / max(sum(len(t.operators) - len(t.factors) for t in traced), 1)
         if progress > self.progress or self.at is None:
             self.progress, self.reason, self.at = progress, reason, at
         return False

@@ -77,6 +77,11 @@ class TracedReference:
     factors: dict[Value, tuple[str, Value]]
 
     @cached_property
+    def own(self) -> frozenset[Value]:
+        """All values of it."""
+        return frozenset(self.shadow.values)
+
+    @cached_property
     def needed(self) -> tuple[Value, ...]:
         """The operators that a graph must have for a match."""
         return tuple(v for v in self.operators if v.op not in TRANSPARENT and v not in self.factors)
@@ -92,6 +97,8 @@ class Match:
     bound:    value of the reference -> value of the graph
     passed:   (operator of the consumer, operator of the producer, what was seen through on that edge, last one first)
     root:     the graph value that the reference's result is; `output` is its real node
+    inner:    hole name -> the match of what makes it, for holes that a pattern says are made in one of several ways:
+              a match of its own, all of which is in this one, too, but for `passed`
     """
 
     pattern: Pattern
@@ -102,6 +109,7 @@ class Match:
     bound: dict[Value, Value]
     passed: tuple[tuple[str, str, tuple[Value, ...]], ...]
     root: Value
+    inner: Mapping[str, Match] = field(default_factory=dict)
 
     @property
     def variant(self) -> Mapping[str, Any]:
@@ -164,6 +172,7 @@ class Pattern:
     zeroing:        so are dropout, whose random numbers the replacement then draws, and `where` with 0
     lazy:           an intermediate result may leave the graph as an output that is computed on demand
     rows:           of a lazy one, the hole of whose rows each makes a row of such a result: parts can be read then
+    within:         hole -> the ways to make what it stands for, of which one must be found there (see Match.inner)
     parts:          of a composite: the patterns that a match of it counts for as well
     attempts:       a match that fails halfway is a near miss
     lookalikes:     spellings that can't be replaced, but are near misses where `why_not` says so
@@ -178,6 +187,7 @@ class Pattern:
     zeroing: bool = False
     lazy: bool = False
     rows: str = ""
+    within: Mapping[str, tuple[Reference, ...]] = {}
     parts: tuple[str, ...] = ()
 
     def __eq__(self, other: object) -> bool:
@@ -197,6 +207,20 @@ class Pattern:
     def already(self, match: Match) -> str | None:
         """What the model itself calls here, if nothing better is known: the place is reported and left as it is."""
         return None
+
+    def row_input(self, match: Match) -> fx.Node | None:
+        """Of a lazy pattern, the node of whose rows each makes a row of an intermediate result; None if there is none.
+
+        By default what `rows` names.
+        """
+        return match[self.rows] if self.rows in match.tensors else None
+
+    def rounds_once(self, match: Match) -> bool:
+        """Whether every gradient comes by way of one rounding to the coarsest dtype of a match, as in the model.
+
+        Numbers that happen to be equal share its error, which is then allowed, whatever the gradient's own dtype.
+        """
+        return False
 
     def replacement(self, *matches: Match) -> Call:
         """The call for one match, or for several that `group` put together (then it returns a tuple, in order)."""

@@ -39,6 +39,7 @@ class LazyOutput:
     rows: int | None
     hooks: bool
     _shapes: dict = field(default_factory=dict)
+    parts: dict = field(default_factory=dict)  # of the module, for those who take it apart
 
     def shape_of(self, shapes: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
         """The output's shape for sources of these shapes, found by a run without data."""
@@ -158,9 +159,9 @@ def _delay_outputs(graph: fx.Graph, promised: list, new: dict[fx.Node, fx.Node])
 
 def _rows(site: Site, module: fx.GraphModule) -> int | None:
     """The place among a site's inputs of what goes into a head, if its rows are treated each by itself."""
-    name = site.matches[0].pattern.rows
+    row_input = site.matches[0].pattern.row_input(site.matches[0])
     own = {n.target for n in module.graph.nodes if n.op == "call_function"}
-    return site.inputs.index(site.matches[0][name]) if name and own <= _ROW_BY_ROW else None
+    return site.inputs.index(row_input) if row_input in site.inputs and own <= _ROW_BY_ROW else None
 
 
 _aten = torch.ops.aten

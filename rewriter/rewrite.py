@@ -116,8 +116,12 @@ def rewrite(
     for site, _ in sites[len(kept) :]:
         result.refused.append(Refusal(site.pattern, "REWRITER_FUEL is used up", site.outputs[0]))
     if lazy and leaves is not None and any(p.name == "linear_cross_entropy" for p in patterns):
-        taken = {node for site, _ in kept for node in site.covered} - {n for site, _ in kept for n in site.outputs}
-        result.logits = [found for found in find_logits(gm.graph, leaves, taken) if fuel.take()]
+        for found in find_logits(gm.graph, leaves):
+            left = [s for s in kept if not set(s[0].outputs) <= set(found.nodes)]  # an adapter on the head goes with it
+            taken = {node for site, _ in left for node in site.covered} - {n for site, _ in left for n in site.outputs}
+            if not taken & {*found.nodes, found.promise.inputs[0]} and fuel.take():
+                result.logits.append(found)
+                kept = left
     result.lazy = replace_sites(gm, [site for site, _ in kept], [found.promise for found in result.logits])
     result.applied = kept
     for site, _ in kept:

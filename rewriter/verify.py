@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from rewriter.legality import Site, significant_strides
 from rewriter.meta import TensorMeta, tensor_meta
+from rewriter.sizes import shorter
 from rewriter.subgraph import Float64, extract
 
 # Relative error that rounding alone explains, by the dtype of the compared tensor.
@@ -130,14 +131,7 @@ def _plans(metas: list[TensorMeta]) -> list[dict[int, int]]:
         return whole
     widths = {m.shape[-1] for m in floats if m.ndim}
     weights = {m.shape[0] for m in floats if m.ndim == 2 and m is not main}
-    tokens = {s for s in main.shape[:-1] if s > MAX_TOKENS} - widths - weights
-    cut = dict.fromkeys(tokens, MAX_TOKENS)
-    for size in tokens:  # sizes derived from a cut one: shifted by one, flattened with the others
-        cut.setdefault(size - 1, MAX_TOKENS - 1)
-        for length in (size, size - 1):
-            others = math.prod(main.shape[:-1]) // size
-            smaller = math.prod(cut.get(s, s) for s in main.shape[:-1]) // MAX_TOKENS
-            cut.setdefault(length * others, cut[length] * smaller)
+    cut = shorter(main.shape, MAX_TOKENS, widths | weights)
     cut |= {size: MAX_ROWS for size in weights - widths if size > 2 * MAX_ROWS and size not in cut}
     return [cut, *whole] if cut else whole
 
@@ -202,7 +196,8 @@ def _compare(site: Site, sizes: dict[int, int], scale: float, seed: int) -> list
     for result, node in zip(got, site.outputs, strict=False):
         if significant_strides(result) != significant_strides(expected[site.outputs.index(node)]):
             raise _Wrong(f"the replacement's strides are {result.stride()} where {node.name} has others")
-    return [_check(*row, coarsest) for row in zip(names, got, expected, true, strict=True)]
+    rounding = coarsest / 2 if any(m.pattern.rounds_once(m) for m in site.matches) else 0.0
+    return [_check(*row, coarsest, rounding) for row in zip(names, got, expected, true, strict=True)]
 
 
 def _coarsest_floor(site: Site) -> float:
@@ -256,8 +251,9 @@ def _run(
 
 
 def _check(
-    what: str, new: torch.Tensor | None, old: torch.Tensor | None, truth: torch.Tensor | None, coarsest: float
-) -> Check:
+    what: str, new: torch.Tensor | None, old: torch.Tensor | None, truth: torch.Tensor | None, coarsest: float,
+    rounding: float,
+) -> Check:  # fmt: skip
     if new is None or old is None or truth is None:
         same = new is None and old is None
         return Check(what, "", 0.0, 0.0 if same else math.inf, same)
@@ -266,7 +262,7 @@ def _check(
     truth = truth.double()
     size = torch.linalg.vector_norm(truth).item()
     old_error, new_error = (torch.linalg.vector_norm(t.double() - truth).item() for t in (old, new))
-    floor = FLOOR.get(new.dtype, 0.0)
+    floor = max(FLOOR.get(new.dtype, 0.0), rounding)
     if new.numel() < 64:  # so few numbers say little of the original's error: allow what its coarsest type explains
         floor = max(floor, coarsest / 8)
     limit = 2 * old_error + floor * size

@@ -278,7 +278,11 @@ def eager_cross_entropy(
 
 
 def eager_linear_cross_entropy(
-    x, weight, target, bias=None, *, class_weight=None, out_dtype=None, chunk_tokens=None, **options
+    x, weight, target, bias=None, *, class_weight=None, out_dtype=None, chunk_tokens=None, u=None, up=None, **options
 ):
+    """u, up: an adapter, added as PEFT does it: in the wider dtype, and the sum in that of the head's product."""
     out_dtype = out_dtype or x.dtype
-    return eager_cross_entropy(F.linear(x, weight, bias), target, weight=class_weight, out_dtype=out_dtype, **options)
+    logits = F.linear(x, weight, bias)
+    if u is not None:
+        logits = (logits + F.linear(u, up.to(u.dtype))).to(logits.dtype)
+    return eager_cross_entropy(logits, target, weight=class_weight, out_dtype=out_dtype, **options)

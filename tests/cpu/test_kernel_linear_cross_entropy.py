@@ -4,6 +4,7 @@ import pytest
 import torch
 from numerics import BEHAVIOURS, compare, eager_linear_cross_entropy, run, strided
 
+from rewriter.kernels.dequantize_4bit import Packed4bit, dequantize_4bit
 from rewriter.kernels.linear_cross_entropy import default_chunk, linear_cross_entropy
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -169,6 +170,10 @@ def test_wrong_arguments_are_named():
         linear_cross_entropy(x, w, target, label_smoothing=2.0)
     with pytest.raises(ValueError, match=r"shape \[37\], not \[16\]"):
         linear_cross_entropy(x, w, target, class_weight=torch.ones(16))
+    with pytest.raises(ValueError, match="u and up, or neither"):
+        linear_cross_entropy(x, w, target, u=torch.ones(3, 7, 2))
+    with pytest.raises(ValueError, match=r"\[3, 7, 2\] and \[37, 3\]"):
+        linear_cross_entropy(x, w, target, u=torch.ones(3, 7, 2), up=torch.ones(37, 3))
 
 
 @pytest.mark.parametrize("classes", [11, 17, 64])
@@ -197,3 +202,124 @@ def test_all_ignored(reduction, divide):
         for a, c in zip(new, old, strict=True):
             torch.testing.assert_close(a, c, equal_nan=True)
     assert all(g.eq(0).all() for g in outcomes[0][1])
+
+
+def with_adapter(**options):
+    def ours(x, w, t, u, up, b=None):
+        return linear_cross_entropy(x, w, t, bias=b, u=u, up=up, **options)
+
+    def eager(x, w, t, u, up, b=None):
+        return eager_linear_cross_entropy(x, w, t, b, u=u, up=up, **options)
+
+    return ours, eager
+
+
+def adapter(rows=(3, 7), classes=37, rank=3, dtype=torch.float32):
+    return [strided(*rows, rank, dtype=dtype, seed=7), strided(classes, rank, dtype=dtype, seed=8)]
+
+
+def adapted(dtype=torch.float32, wide=None, rows=(3, 7), ignored=5, bias=True):
+    x, w, target, *b = inputs(rows=rows, dtype=dtype, ignored=ignored, bias=bias)
+    return [x, w, target, *adapter(rows, dtype=wide or dtype), *b]
+
+
+@pytest.mark.parametrize("dtype", [(d, d) for d in DTYPES] + [(d, torch.float32) for d in DTYPES[1:3]], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_adapter(dtype, reduction, options):
+    options = {k: v for k, v in options.items() if k != "out_dtype" or dtype[0] is not torch.float64}
+    compare(*with_adapter(reduction=reduction, chunk_tokens=8, **options), adapted(*dtype), dtype=dtype[0])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("behaviour", BEHAVIOURS)
+def test_behaviour_with_an_adapter(behaviour, reduction):
+    new, _ = with_adapter(reduction=reduction, chunk_tokens=4)
+    behaviour(new, lambda n: adapted(rows=(2, n), ignored=2))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_adapter_where_nothing_counts(reduction):
+    x, w, target, *rest = adapted()
+    loss = with_adapter(reduction=reduction, chunk_tokens=8)[0](x, w, target.fill_(-100), *rest).sum()
+    assert loss.isnan() if reduction == "mean" else loss == 0
+    assert all(g.eq(0).all() for g in torch.autograd.grad(loss, [x, w, *rest]))
+
+
+@pytest.mark.parametrize("trained", [(False, True), (True, False), (False, False)])
+def test_half_an_adapter_trains(trained):
+    x, w, target, u, up, b = adapted()
+    for t, needed in zip((u, up), trained, strict=True):
+        t.requires_grad_(needed)
+    for t in (x, w, b):
+        t.requires_grad_(not any(trained))
+    compare(*with_adapter(chunk_tokens=8), [x, w, target, u, up, b])
+
+
+def test_adapter_of_no_rows():
+    x, w, target, *rest = adapted(rows=(0, 4), ignored=0)
+    loss = linear_cross_entropy(x, w, target, u=rest[0], up=rest[1], bias=rest[2], reduction="sum")
+    assert loss == 0
+    assert all(g.eq(0).all() for g in torch.autograd.grad(loss, [x, w, *rest]))
+
+
+def test_operator_with_an_adapter_is_well_defined():
+    x, w, target, u, up, b = (t.detach() for t in adapted())
+    arguments = (x, w, target, b, None, None, None, -100, 0.0, 1.0, None, 0.0, None, 8, True, True, False, u, up)
+    for needs in ((True, True), (False, True)):
+        torch.library.opcheck(torch.ops.rewriter.linear_cross_entropy, (*arguments, *needs))
+
+
+def packed(classes=37, width=16, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(9)
+    blocks = -(-classes * width // 32)
+    data = torch.randint(0, 256, (classes * width // 2, 1), generator=generator, dtype=torch.uint8)
+    absmax = torch.rand(blocks, generator=generator) + 0.5
+    return Packed4bit(data, absmax, None, None, None, (classes, width), 32, 256, "nf4", dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("branch", [False, True])
+def test_weight_in_4_bits(branch, reduction, dtype):
+    weight = packed(dtype=dtype)
+    x, _, target, u, up, b = adapted(dtype)
+    extra = [u, up, b] if branch else []
+
+    def call(function, weight):
+        def of(x, t, *extra):
+            options = dict(zip(("u", "up", "bias"), extra, strict=False))
+            return function(x, weight if isinstance(weight, Packed4bit) else weight.to(x.dtype), t, **options,
+                            reduction=reduction, chunk_tokens=8)  # fmt: skip
+
+        return of
+
+    matrix = dequantize_4bit(weight)
+    compare(call(linear_cross_entropy, weight), call(eager_linear_cross_entropy, matrix), [x, target, *extra])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_no_unpacked_weight_is_kept(reduction):
+    weight, kept = packed(), []
+    x, _, target = inputs(bias=False)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        loss = linear_cross_entropy(x, weight, target, reduction=reduction, chunk_tokens=8)
+    assert kept and max(kept) < 37 * 16
+    loss.sum().backward()
+
+
+def test_memory_with_an_adapter_is_bounded_by_the_chunk():
+    rows, classes, largest = 96, 640, []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for t in out if isinstance(out, (tuple, list)) else [out]:
+                largest.append(t.untyped_storage().nbytes() if isinstance(t, torch.Tensor) else 0)
+            return out
+
+    x, w, target, b = inputs(rows=rows, width=8, classes=classes)
+    u, up = adapter((rows,), classes)
+    with Watch():
+        linear_cross_entropy(x, w, target, bias=b, u=u, up=up, chunk_tokens=8).backward()
+    assert 0 < max(largest) < rows * classes * 4

@@ -1,6 +1,7 @@
 """Every combination of linear cross entropy's options: loss and gradients by the float64 rule of numerics.py."""
 
 import dataclasses
+import itertools
 from dataclasses import dataclass, field
 
 import torch
@@ -34,7 +35,8 @@ class Case:
     x_layout: str
     weight_layout: str
     bias: bool
-    trained: tuple  # x, weight, bias
+    adapter: tuple | None  # rank, dtype, layout of u
+    trained: tuple  # x, weight, bias, u, up
     ignored: str
     target_dtype: torch.dtype
     upstream: str
@@ -60,9 +62,11 @@ def cases(draw):
         "matmul_dtype": pick(None, torch.bfloat16, torch.float16) if dtype is torch.float32 else None,
         "out_dtype": pick(None, torch.float32) if dtype.itemsize == 2 else None,
     }
+    wide = pick(dtype, torch.float32)  # PEFT's adapters may be in float32 beside any head
+    adapter = pick(3, 1, 8), options["matmul_dtype"] or wide, pick(*LAYOUTS)
     return Case(
         pick(*SHAPES), pick(8, 1, 3, 16), classes, dtype, pick(*LAYOUTS), pick(*list(LAYOUTS)[:-1]),
-        pick(False, True), pick(*[(a, b, c) for a in (True, False) for b in (True, False) for c in (True, False)]),
+        pick(False, True), pick(None, adapter), pick(*itertools.product((True, False), repeat=5)),
         pick("some", "none", "all", "all but one"), pick(torch.int64, torch.int32),
         pick("dense", "expanded", "strided"), options,
     )  # fmt: skip
@@ -75,18 +79,35 @@ def leaf(shape, layout, dtype, grad, generator):
     return values.requires_grad_(grad), view or (lambda t: t.expand(shape))
 
 
+PARTS = ("x", "weight", "bias", "u", "up")
+
+
+def parts(case):
+    """name -> (shape, layout, dtype, whether it is trained) of each float tensor of a case."""
+    found = {
+        "x": ((*case.rows, case.width), case.x_layout, case.dtype),
+        "weight": ((case.classes, case.width), case.weight_layout, case.dtype),
+    }
+    if case.bias:
+        found["bias"] = (case.classes,), "dense", case.dtype
+    if case.adapter is not None:
+        rank, dtype, layout = case.adapter
+        found["u"] = (*case.rows, rank), layout, dtype
+        found["up"] = (case.classes, rank), case.weight_layout, dtype
+    trained = dict(zip(PARTS, case.trained, strict=True))
+    return {name: (*part, trained[name]) for name, part in found.items()}
+
+
 def numbers(case, seed):
-    """(leaves x, weight and maybe bias, their views, target) of one draw."""
+    """(leaves by name, the views of them, target) of one draw."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = [((*case.rows, case.width), case.x_layout), ((case.classes, case.width), case.weight_layout)]
-    shapes += [((case.classes,), "dense")] if case.bias else []
-    pairs = [leaf(*s, case.dtype, grad, generator) for s, grad in zip(shapes, case.trained[: len(shapes)], strict=True)]
+    pairs = {name: leaf(*part, generator) for name, part in parts(case).items()}
     target = torch.randint(0, case.classes, case.rows, generator=generator)
     ignore, count = case.options["ignore_index"], target.numel()
     hit = torch.rand(count, generator=generator) < {"some": 0.4, "none": -1, "all": 2, "all but one": 2}[case.ignored]
     hit[: case.ignored == "all but one"] = False
     target.view(-1)[hit] = ignore
-    return [p[0] for p in pairs], [p[1] for p in pairs], target.to(case.target_dtype)
+    return *({name: pair[i] for name, pair in pairs.items()} for i in (0, 1)), target.to(case.target_dtype)
 
 
 def eager(x, weight, target, bias, *, matmul_dtype, **options):
@@ -97,9 +118,9 @@ def eager(x, weight, target, bias, *, matmul_dtype, **options):
 
 def run(function, case, leaves, views, target, upstream=None, again=False):
     """(loss, gradients), after a second backward through the same graph if `again`."""
-    x, weight, bias = (*(view(t) for t, view in zip(leaves, views, strict=True)), None)[:3]
-    loss = function(x, weight, target, bias=bias, **case.options)
-    wanted = [t for t in leaves if t.requires_grad]
+    given = {name: view(leaves[name]) for name, view in views.items()}
+    loss = function(given.pop("x"), given.pop("weight"), target, **{"bias": None, **given}, **case.options)
+    wanted = [t for t in leaves.values() if t.requires_grad]
     assert loss.requires_grad == bool(wanted)
     if not wanted:
         return loss, ()
@@ -127,9 +148,9 @@ def judge(case, draws):
     outcomes = []
     for seed in range(draws):
         leaves, views, target = numbers(case, seed)
-        before = [t.detach().clone() for t in leaves]
+        before = [t.detach().clone() for t in leaves.values()]
         new = run(linear_cross_entropy, case, leaves, views, target, again=True)
-        assert all(torch.equal(a, b) for a, b in zip(before, leaves, strict=True)), "an input was written"
+        assert all(torch.equal(a, b) for a, b in zip(before, leaves.values(), strict=True)), "an input was written"
         keep, weight = target != case.options["ignore_index"], case.options["class_weight"]
         if not keep.any() or (weight is not None and not weight[target[keep].long()].sum()):
             # a mean of nothing is no number (infinite, with smoothing), and rows that are all ignored move nothing
@@ -140,14 +161,13 @@ def judge(case, draws):
             assert keep.any() or not any(g.count_nonzero() for g in new[1])
             continue
         old = run(eager, case, leaves, views, target)
-        exact = [t.detach().double().requires_grad_(t.requires_grad) for t in leaves]
+        exact = {name: t.detach().double().requires_grad_(t.requires_grad) for name, t in leaves.items()}
         wide = dataclasses.replace(case, options={**case.options, "matmul_dtype": None, "out_dtype": None})
         outcomes.append((new, old, run(eager, wide, exact, views, target, upstream_like(old[0], case.upstream))))
     if not outcomes:
         return
     floor = case.options["matmul_dtype"] or case.dtype
-    trained = zip(("x", "weight", "bias"), case.trained, (True, True, case.bias), strict=True)
-    names = ["loss", *(name for name, needed, there in trained if needed and there)]
+    names = ["loss", *(name for name, (*_, trained) in parts(case).items() if trained)]
     rows = [[[loss, *grads] for loss, grads in outcome] for outcome in outcomes]
     for i, name in enumerate(names):
         assert_near_truth(*(torch.cat([r[k][i].flatten() for r in rows]) for k in range(3)), name, floor)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from numerics import BEHAVIOURS, compare, compiles_inductor, eager_linear_cross_entropy, strided
 
+from rewriter.kernels.dequantize_4bit import Packed4bit, dequantize_4bit
 from rewriter.kernels.linear_cross_entropy import linear_cross_entropy
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -179,3 +180,64 @@ def test_memory_is_that_of_one_chunk(trained):
 def test_behaviour(behaviour, reduction):
     new, _ = both(reduction=reduction, chunk_tokens=4)
     behaviour(new, lambda n: inputs(rows=(2, n), width=16, classes=37, ignored=2))
+
+
+def with_adapter(**options):
+    def ours(x, w, t, u, up, b=None):
+        return linear_cross_entropy(x, w, t, bias=b, u=u, up=up, **options)
+
+    def eager(x, w, t, u, up, b=None):
+        return eager_linear_cross_entropy(x, w, t, b, u=u, up=up, **options)
+
+    return ours, eager
+
+
+def adapted(dtype, wide=None, rows=(3, 77), classes=5003, rank=16, **options):
+    x, w, target, *b = inputs(rows=rows, classes=classes, dtype=dtype, **options)
+    u, up = (
+        strided(n, rank, dtype=wide or dtype, device="cuda", seed=s) for n, s in ((rows[0] * rows[1], 7), (classes, 8))
+    )
+    up = (up.detach() * 0.1).requires_grad_()
+    return [x, w, target, u.detach().view(*rows, rank).requires_grad_(), up, *b]
+
+
+@pytest.mark.parametrize("dtype", [*((d, d) for d in DTYPES), (torch.bfloat16, torch.float32)], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("options", OPTIONS[:3])
+def test_adapter(dtype, reduction, options):
+    """Beside a bfloat16 head of a width and number of classes that Hopper's kernels would take, too."""
+    compare(*with_adapter(reduction=reduction, chunk_tokens=64, **options), adapted(*dtype), dtype=dtype[0])
+
+
+def test_memory_with_an_adapter_is_that_of_one_chunk():
+    x, w, target, u, up = adapted(torch.bfloat16, rows=(8, 1024), width=512, classes=128256, bias=False)
+    w.requires_grad_(False)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    linear_cross_entropy(x, w, target, u=u, up=up).backward()
+    peak = torch.cuda.max_memory_allocated() - before
+    assert peak < 600 * 2**20 + 2 * (x.numel() + u.numel() + 6 * up.numel())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("behaviour", [*BEHAVIOURS, compiles_inductor])
+def test_behaviour_with_an_adapter(behaviour, reduction):
+    new, _ = with_adapter(reduction=reduction, chunk_tokens=4)
+    behaviour(new, lambda n: adapted(torch.float32, rows=(2, n), width=16, classes=37, rank=3, ignored=2))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_weight_in_4_bits(reduction):
+    generator = torch.Generator().manual_seed(9)
+    data = torch.randint(0, 256, (5120 * 128 // 2, 1), generator=generator, dtype=torch.uint8).cuda()
+    absmax = (torch.rand(5120 * 2, generator=generator) * 0.1 + 0.1).cuda()
+    weight = Packed4bit(data, absmax, None, None, None, (5120, 128), 64, 256, "nf4", torch.bfloat16)
+    matrix = dequantize_4bit(weight)
+    x, _, target, u, up = adapted(torch.bfloat16, width=128, classes=5120, bias=False)
+    for extra in ([], [u, up]):
+        new, old = (
+            lambda x, t, *e, f=f, w=w: f(x, w.to(x.dtype) if w is matrix else w, t, reduction=reduction,
+                                         **dict(zip(("u", "up"), e, strict=False)))
+            for f, w in ((linear_cross_entropy, weight), (eager_linear_cross_entropy, matrix))
+        )  # fmt: skip
+        compare(new, old, [x, target, *extra])

@@ -153,3 +153,19 @@ def test_exponentials_of_vectors_that_are_columns(hopper, reduction):
 
     dense = loss(target, table[:, 1].contiguous(), weights[:, 1].contiguous())
     assert torch.equal(loss(targets[..., 1], table[:, 1], weights[:, 1]), dense)
+
+
+@pytest.mark.parametrize(
+    "dtype", [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32)], ids=str
+)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("options", [*OPTIONS, WEIGHTED])
+def test_adapter(dtype, reduction, options):
+    """Beside the kernel of rows, where logits have rows that are padded."""
+    x, w, target, b = inputs(dtype=dtype[0])
+    u, up = strided(3, 7, 5, dtype=dtype[1], seed=7), strided(37, 5, dtype=dtype[1], seed=8)
+    new, old = (
+        lambda x, w, t, u, up, b, f=f: f(x, w, t, b, u=u, up=up, reduction=reduction, chunk_tokens=8, **options)
+        for f in (lambda x, w, t, b, **o: linear_cross_entropy(x, w, t, bias=b, **o), eager_linear_cross_entropy)
+    )
+    compare(new, old, [x, w, target, u, up, b], dtype=dtype[0])

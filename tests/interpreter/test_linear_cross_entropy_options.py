@@ -39,4 +39,8 @@ def hopper(monkeypatch):
 def test_exponentials(hopper, case):
     options = {**case.options, "label_smoothing": 0.0, "matmul_dtype": None, "out_dtype": None}
     fitting = {"width": case.width // 4 * 4 or 4, "weight_layout": "rows of more", "dtype": torch.float32}
-    check(dataclasses.replace(case, **fitting, trained=(*case.trained[:2], False), options=options))
+    check(
+        dataclasses.replace(
+            case, **fitting, adapter=None, trained=(*case.trained[:2], False, False, False), options=options
+        )
+    )

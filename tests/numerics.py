@@ -36,12 +36,14 @@ def strided(*shape, order=None, dtype=torch.float32, device="cpu", grad=True, se
 
 
 def upstream_like(out, kind="dense", seed=1):
-    """An incoming gradient: dense, "expanded" (stride 0) or "strided" (every second element of a row)."""
+    """An incoming gradient: dense, "expanded" (stride 0), "strided" (every second element of a row) or "transposed"."""
     generator = torch.Generator().manual_seed(seed)
     if kind == "expanded":
         return torch.randn((), generator=generator).to(out).expand(out.shape)
     if kind == "strided":
         return torch.randn([*out.shape, 2], generator=generator).to(out)[..., 0]
+    if kind == "transposed":
+        return torch.randn(out.shape[::-1], generator=generator).to(out).permute(list(range(out.dim()))[::-1])
     return torch.randn(out.shape, generator=generator).to(out)
 
 

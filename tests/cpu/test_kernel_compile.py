@@ -1,25 +1,15 @@
-"""Every Triton kernel compiles for sm_80, sm_89 and sm_90 without a GPU, from the arguments of a CUDA run.
-
-The launches themselves are recorded: the families' Triton paths run on CPU tensors with the launcher replaced, so grid,
-constants and warps are the real ones. Spills are read from the bundled ptxas.
-"""
-
-import re
-import subprocess
+"""Every Triton kernel compiles for sm_80, sm_89, sm_90 and gfx942 without a GPU, from the arguments of a GPU run."""
 
 import pytest
 import torch
 from packed import random_packed
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-from triton.runtime.jit import JITFunction  # noqa: E402
-from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
+from compiling import SHARED_MEMORY, compiled, record_launches
+from triton.runtime.jit import JITFunction
 
-from rewriter.kernels import (  # noqa: E402
+from rewriter.kernels import (
     attention,
     attention_triton,
     cross_entropy,
@@ -29,21 +19,12 @@ from rewriter.kernels import (  # noqa: E402
     linear_cross_entropy,
     linear_cross_entropy_triton,
     lora_triton,
+    norm_rows,
     rms_norm,
     rotary,
 )
 
-TYPES = {
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.float32: "*fp32",
-    torch.float64: "*fp64",
-    torch.int64: "*i64",
-    torch.int32: "*i32",
-    torch.uint8: "*u8",
-    torch.bool: "*i1",
-}
-SHARED_MEMORY = {80: 163, 89: 99, 90: 227}  # KiB that a program can have
+FAMILIES = (attention, cross_entropy, dequantize_4bit, glu, layer_norm, linear_cross_entropy, rms_norm, rotary)
 
 
 def rms_norm_launches(width, dtype):
@@ -199,55 +180,17 @@ CASES = {
 }
 
 
+# Kernels that use nothing of NVIDIA's alone, one of each kind
+AMD = [
+    "rms_norm of heads", "rms_norm 32768", "add_rms_norm 8192, all options", "add_layer_norm 8192, all options",
+    "rotary 128", "rotary 64, interleaved", "glu mish", "glu clamped, interleaved", "loss of logits",
+    "loss of logits, all options", "4 bits, nested",
+]  # fmt: skip
+
+
 @pytest.fixture
 def launches(monkeypatch):
-    """Kernel launches, recorded instead of done: [(kernel, arguments, keywords)]."""
-    recorded = []
-
-    def run(kernel, *arguments, grid, warmup, **keywords):
-        assert len(grid) <= 3 and all(0 < n < 2**31 for n in grid) and all(n < 2**16 for n in grid[1:])
-        recorded.append((kernel, arguments, keywords))
-
-    monkeypatch.setattr(JITFunction, "run", run)
-    for family in (attention, cross_entropy, dequantize_4bit, glu, layer_norm, linear_cross_entropy, rms_norm, rotary):
-        monkeypatch.setattr(family, "use_triton", lambda x: True)
-    return recorded
-
-
-def type_of(value):
-    if isinstance(value, TensorDescriptor):
-        return f"tensordesc<{TYPES[value.base.dtype][1:]}{list(value.block_shape)}>".replace(" ", "")
-    return TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
-
-
-def source(kernel, arguments, keywords):
-    """What Triton's launcher would compile: integers of 1 and None are constants, multiples of 16 are known as such."""
-    values = dict(zip(kernel.arg_names, arguments, strict=False)) | keywords
-    signature, constants, attributes = {}, {}, {}
-    for i, parameter in enumerate(kernel.params):
-        value = values[parameter.name]
-        is_one = type(value) is int and value == 1 and not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or is_one:
-            signature[parameter.name], constants[(i,)] = "constexpr", value
-            continue
-        signature[parameter.name] = type_of(value)
-        if isinstance(value, TensorDescriptor):
-            continue
-        if isinstance(value, torch.Tensor) or (value % 16 == 0 and not parameter.do_not_specialize):
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    return ASTSource(kernel, signature, constants, attributes)
-
-
-def spilled_bytes(ptx, capability, folder):
-    """Bytes of registers that ptxas had to move to memory."""
-    (folder / "kernel.ptx").write_text(ptx)
-    target = re.search(r"\.target (sm_\w+)", ptx)[1]
-    ptxas = get_ptxas(capability).path
-    command = [ptxas, "-v", f"--gpu-name={target}", str(folder / "kernel.ptx"), "-o", str(folder / "kernel.cubin")]
-    log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    found = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
-    assert found, log
-    return sum(int(stores) + int(loads) for stores, loads in found)
+    return record_launches(monkeypatch.setattr, FAMILIES)
 
 
 @pytest.mark.parametrize(
@@ -259,26 +202,43 @@ def test_compiles_without_spills(case, capability, dtype, launches, monkeypatch,
     check_compiled(CASES[case], dtype, capability, launches, tmp_path)
 
 
-def check_compiled(case, dtype, capability, launches, folder):
+@pytest.mark.parametrize("case", AMD)
+def test_compiles_for_amd_without_spills(case, launches, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    check_compiled(CASES[case], torch.bfloat16, "gfx942", launches, tmp_path)
+
+
+def check_compiled(case, dtype, target, launches, folder):
     case(dtype)
     assert launches
-    for kernel, arguments, keywords in launches:
-        options = {k: v for k, v in keywords.items() if k.startswith("num_") or k == "enable_fp_fusion"}
-        compiled = triton.compile(
-            source(kernel, arguments, keywords), target=GPUTarget("cuda", capability, 32), options=options
-        )
-        assert compiled.metadata.shared <= SHARED_MEMORY[capability] << 10, kernel.__name__
-        assert spilled_bytes(compiled.asm["ptx"], capability, folder) == 0, kernel.__name__
+    for launch in launches:
+        _, used = compiled(launch, target, folder)
+        assert used["shared_bytes"] <= SHARED_MEMORY[target] << 10, launch.kernel.__name__
+        assert used["spilled"] == 0, launch.kernel.__name__
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_unpacking_rounds_every_step_and_moves_16_bytes(nested, launches):
+def test_unpacking_rounds_every_step_and_moves_16_bytes(nested, launches, tmp_path):
     dequantize_4bit_launches(torch.bfloat16, nested=nested)
-    ((kernel, arguments, keywords),) = launches
-    options = {"num_warps": keywords["num_warps"], "enable_fp_fusion": keywords["enable_fp_fusion"]}
-    compiled = triton.compile(source(kernel, arguments, keywords), target=GPUTarget("cuda", 90, 32), options=options)
-    assert "fma" not in compiled.asm["ptx"]
-    assert "st.global.v4.b32" in compiled.asm["ptx"]
+    (launch,) = launches
+    ptx = compiled(launch, 90, tmp_path)[0].asm["ptx"]
+    assert "fma" not in ptx
+    assert "st.global.v4.b32" in ptx
+
+
+@pytest.mark.parametrize(
+    "launch_all",
+    [
+        lambda dtype: rotary_launches(128, dtype),
+        lambda dtype: rotary_launches(80, dtype, interleaved=True),
+        lambda dtype: glu_launches(8960, dtype),
+        lambda dtype: glu_clamped_launches(2880, dtype, interleaved=True),
+    ],
+)
+def test_everything_moves_by_16_bytes(launch_all, launches, tmp_path):
+    launch_all(torch.bfloat16)
+    for launch in launches:
+        assert compiled(launch, 90, tmp_path)[1]["moves"] == ["ld.global.v4.b32", "st.global.v4.b32"]
 
 
 @pytest.mark.parametrize("case", HOPPER)
@@ -294,6 +254,6 @@ def test_every_kernel_is_compiled(launches, monkeypatch):
     for case in HOPPER.values():
         case(torch.bfloat16)
     families = (attention_triton, cross_entropy, dequantize_4bit, glu, layer_norm, linear_cross_entropy_triton,
-                lora_triton, rms_norm, rotary)  # fmt: skip
+                lora_triton, norm_rows, rms_norm, rotary)  # fmt: skip
     kernels = {f.__name__ for m in families for f in vars(m).values() if isinstance(f, JITFunction)}
-    assert {k for k in kernels if k.endswith("_kernel")} == {kernel.__name__ for kernel, *_ in launches}
+    assert {k for k in kernels if k.endswith("_kernel")} == {launch.kernel.__name__ for launch in launches}

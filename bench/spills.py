@@ -69,7 +69,8 @@ def main():
                 with tempfile.TemporaryDirectory() as folder:
                     _, used = compiled(launch, target, Path(folder))
                 warps = launch.keywords["num_warps"]
-                kernel = f"{launch.kernel.__module__.split('.')[-1]}.{launch.kernel.__name__}"
+                family = launch.kernel.__module__.split(".")[-1].removesuffix("_triton")
+                kernel = f"{family}.{launch.kernel.__name__}"
                 row = {"target": target, "shape": name, "kernel": kernel, "warps": warps, **used}
                 if target == 90:
                     row["per_processor"] = per_processor(used, warps)

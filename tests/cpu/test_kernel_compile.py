@@ -15,12 +15,15 @@ from rewriter.kernels import (
     cross_entropy,
     dequantize_4bit,
     glu,
+    glu_triton,
     layer_norm,
+    layer_norm_triton,
     linear_cross_entropy,
     linear_cross_entropy_triton,
     lora_triton,
     norm_rows,
     rms_norm,
+    rms_norm_triton,
     rotary,
 )
 
@@ -253,7 +256,7 @@ def test_every_kernel_is_compiled(launches, monkeypatch):
     monkeypatch.setattr(linear_cross_entropy_triton, "has_tensor_memory_accelerator", lambda x: True)
     for case in HOPPER.values():
         case(torch.bfloat16)
-    families = (attention_triton, cross_entropy, dequantize_4bit, glu, layer_norm, linear_cross_entropy_triton,
-                lora_triton, norm_rows, rms_norm, rotary)  # fmt: skip
+    families = (attention_triton, cross_entropy, dequantize_4bit, glu_triton, layer_norm_triton,
+                linear_cross_entropy_triton, lora_triton, norm_rows, rms_norm_triton, rotary)  # fmt: skip
     kernels = {f.__name__ for m in families for f in vars(m).values() if isinstance(f, JITFunction)}
     assert {k for k in kernels if k.endswith("_kernel")} == {launch.kernel.__name__ for launch in launches}

@@ -16,7 +16,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
-from rewriter.kernels import common, glu, layer_norm, lora, lora_triton, rms_norm, rotary  # noqa: E402
+from rewriter.kernels import (  # noqa: E402
+    common,
+    glu,
+    glu_triton,
+    layer_norm,
+    layer_norm_triton,
+    lora,
+    lora_triton,
+    rms_norm,
+    rms_norm_triton,
+    rotary,
+)
+
+TRACED = (common, glu, glu_triton, layer_norm, layer_norm_triton, lora, lora_triton, rms_norm, rms_norm_triton, rotary)
 
 LAUNCH = torch.ops.higher_order.triton_kernel_wrapper_functional
 CREATED = ("empty_like", "new_empty", "empty", "empty_strided")
@@ -30,7 +43,7 @@ class Hopper:
 @pytest.fixture
 def hopper(monkeypatch):
     monkeypatch.setattr(driver, "_active", Hopper())
-    for module in (common, glu, layer_norm, lora, rms_norm, rotary, lora_triton):
+    for module in TRACED:
         for name, value in {
             "use_triton": lambda x: True,
             "processors": lambda x: 132,

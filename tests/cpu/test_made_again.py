@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
 from rewriter import made_again  # noqa: E402
-from rewriter.kernels import glu, lora, norm_rows, rms_norm  # noqa: E402
+from rewriter.kernels import glu, glu_triton, lora, norm_rows, rms_norm, rms_norm_triton  # noqa: E402
 
 
 class Hopper:
@@ -40,9 +40,9 @@ def joint_graph(function, shapes, monkeypatch, changing=False):
         patch.setattr(driver, "_active", Hopper())
         for module in (glu, rms_norm):
             patch.setattr(module, "use_triton", lambda x: True)
+        for module in (glu_triton, rms_norm_triton):
             patch.setattr(module, "on_device", lambda x: contextlib.nullcontext())
-        for module in (rms_norm,):
-            patch.setattr(module, "processors", lambda x: 132)
+        patch.setattr(rms_norm_triton, "processors", lambda x: 132)
         patch.setattr("rewriter.kernels.common.use_triton", lambda x: True)
         inputs = [torch.empty(shape, requires_grad=True) for shape in shapes]
         if changing:
@@ -110,10 +110,10 @@ def run_norm_backward(a):
 
 
 RUN = {
-    glu._forward_kernel: run_glu,
-    glu._backward_kernel: run_glu_backward,
-    rms_norm._forward_kernel: run_norm,
-    rms_norm._backward_kernel: run_norm_backward,
+    glu_triton._forward_kernel: run_glu,
+    glu_triton._backward_kernel: run_glu_backward,
+    rms_norm_triton._forward_kernel: run_norm,
+    rms_norm_triton._backward_kernel: run_norm_backward,
     norm_rows._sum_kernel: lambda a: {"DW": a["SHARES_W"].sum(0)},
 }
 

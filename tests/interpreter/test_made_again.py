@@ -6,7 +6,7 @@ import pytest
 import torch
 from numerics import strided
 
-from rewriter.kernels import glu, rms_norm
+from rewriter.kernels import glu, glu_triton, rms_norm, rms_norm_triton
 from rewriter.kernels.common import MADE_AGAIN
 
 
@@ -36,7 +36,7 @@ def made(monkeypatch):
 
         monkeypatch.setattr(module, "launch", ask)
 
-    for module in (glu, rms_norm):
+    for module in (glu_triton, rms_norm_triton):
         launching(module)
     return written
 

@@ -340,7 +340,7 @@ def _tried(
     verdict = selection.verdict(site, _parts(site, candidates, proofs) if selection.mode == "measure" else ())
     if not verdict.keep:
         log.info("%s at %s stays as it was: %s", site.pattern, site.outputs[0].name, verdict.reason)
-        operators, output = _operators(site.matches[0]), site.outputs[0]
+        operators, output = frozenset(v.node for v in site.matches[0].bound.values()) - {None}, site.outputs[0]
         if not any(r.choice and r.pattern == site.pattern and output in r.matched for r in refused.values()):
             refused[at] = Refusal(site.pattern, verdict.reason, output, operators, True, verdict.measured)
         return False

@@ -35,23 +35,20 @@ def gated(x):
 
 def slow(x):
     """The same, after a product of matrices that nobody looks at: hundreds of times the work."""
-    useless = x.new_ones(512, 512)
+    useless = x.detach().reshape(-1)[:1].expand(512, 512) * 0.5
     for _ in range(4):
-        useless = useless @ useless
-    return gated(x) + (useless[0, 0] * 0).nan_to_num(0, 0, 0)
-
-
-TIMES = 60
+        useless = useless @ useless / 512
+    return gated(x) + useless[0, 0] * 1e-30
 
 
 def roundabout(x):
-    for _ in range(TIMES):
-        x = torch.neg(x)
+    for _ in range(24):
+        x = torch.relu(x)
     return x
 
 
 def fast(x):
-    return x.clone()
+    return torch.relu(x)
 
 
 class Hoards(torch.autograd.Function):
@@ -59,12 +56,12 @@ class Hoards(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        ctx.save_for_backward(x.new_empty(1 << 24))
-        return x.clone()
+        ctx.save_for_backward(x, x.new_empty(1 << 24))
+        return x.relu()
 
     @staticmethod
     def backward(ctx, dy):
-        return dy.clone()
+        return dy * (ctx.saved_tensors[0] > 0)
 
 
 def hoards(x):
@@ -142,14 +139,14 @@ def test_the_rate_decides_between_time_and_memory():
     reports = [measured(Model(roundabout), Made(roundabout, hoards), memory_rate=r) for r in (0, 1e9)]
     assert reports[0].sites("made") and not reports[1].sites("made")
     kept, left = reports[0].rewrites[0].measured, reports[1].near_misses[0]
-    assert kept.new_mib - kept.old_mib == 64
+    assert kept.new_mib == 64 and kept.old_mib < 1
     assert left.measured.stored and left.measured.new_ms == kept.new_ms  # decided anew, on the same figures
-    assert "64 MiB for 0 MiB wait for backward" in left.reason
+    assert "measured larger: 64 MiB for" in left.reason and "wait for backward" in left.reason
 
 
 def test_inductor_compiles_both():
-    report = measured(Model(gated), Made(gated, slow), executor="inductor", patterns=[Made(gated, slow)])
-    assert report.coverage()["made"] == (0, 2)
+    report = measured(Model(gated, 1), Made(gated, slow), executor="inductor")
+    assert report.coverage() == {"made": (0, 1)}, report.rewrites
     assert report.near_misses[0].measured.new_ms > report.near_misses[0].measured.old_ms
 
 
@@ -205,7 +202,7 @@ class Normed(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.norm, self.linear = nn.RMSNorm(16), nn.Linear(16, 16)
+        self.norm, self.linear = nn.RMSNorm(16, eps=1e-6), nn.Linear(16, 16)
 
     def forward(self, x):
         total = x + self.linear(x)
@@ -254,9 +251,9 @@ def test_the_model_is_not_disturbed():
     model = Model(nn.Sequential(nn.Dropout(0.3), nn.RMSNorm(32)))
     for parameter in model.layers[0].up.parameters():
         parameter.requires_grad_(False)
-    for p in model.parameters():
-        p.grad = torch.ones_like(p) if p.requires_grad else None
     eager, x = copy.deepcopy(model), torch.randn(2, 8, 16)
+    for p in (*model.parameters(), *eager.parameters()):
+        p.grad = torch.ones_like(p) if p.requires_grad else None
     given = x.clone()
     rewriter.optimize(model, select="measure")
     states = []
@@ -291,10 +288,10 @@ def gated(x):
 
 
 def slow(x):
-    useless = x.new_ones(512, 512)
+    useless = x.detach().reshape(-1)[:1].expand(512, 512) * 0.5
     for _ in range(4):
-        useless = useless @ useless
-    return gated(x) + (useless[0, 0] * 0).nan_to_num(0, 0, 0)
+        useless = useless @ useless / 512
+    return gated(x) + useless[0, 0] * 1e-30
 
 
 class Plugged(Pattern):

@@ -5,7 +5,7 @@
 
 The first is what the rows of `rewriter/decisions.py` are read from; it runs on a CPU, too (`--tokens 512`). The second
 needs a GPU: all modes run in one process, one after the other, "measure" at the beginning and at the end.
-JSON goes to `$OUT/select.json`.
+JSON goes to `$OUT/selection.json`, or `$OUT/selection-WORK.json`.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def attention(place, x):
     b, t, d = x.shape
     q, k, v = (h.transpose(1, 2) for h in x.view(b, t, 3, -1, 128).unbind(2))
     scores = 50 * torch.tanh(q @ k.transpose(-1, -2) * 128**-0.5 / 50)
-    scores = scores + torch.full((t, t), torch.finfo(x.dtype).min, device=x.device, dtype=x.dtype).triu(1)
+    scores = scores + place.causal.mask
     return scores.softmax(-1, dtype=torch.float32).to(x.dtype) @ v
 
 
@@ -95,7 +95,13 @@ def frozen(module):
     return module.requires_grad_(False)
 
 
-def places(width, inner, vocabulary, dtype):
+def causal(length):
+    module = nn.Module()
+    module.register_buffer("mask", torch.full((length, length), -1e30).triu(1))
+    return module
+
+
+def places(width, inner, vocabulary, length, dtype):
     """Name -> (module, whether it takes labels)."""
 
     def alone(*modules_and_widths, **modules):
@@ -117,7 +123,7 @@ def places(width, inner, vocabulary, dtype):
         "add_rms_norm": lambda: alone(width, lambda p, x: (s := x + x.sin(), rms(p, s)), norm=nn.RMSNorm(width)),
         "glu": lambda: alone(width, lambda p, x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1], 2 * inner),
         "rotary": lambda: alone(width, rotary, 2 * width),
-        "attention": lambda: alone(width, attention, 3 * width),
+        "attention": lambda: alone(width, attention, 3 * width, causal=causal(length)),
         "cross_entropy": lambda: alone(width, loss, vocabulary),
         "linear_cross_entropy": lambda: alone(width, head, head=nn.Linear(width, vocabulary, bias=False)),
         "linear_cross_entropy, frozen": lambda: alone(
@@ -137,7 +143,9 @@ def places(width, inner, vocabulary, dtype):
 def measure_places(given) -> list[dict]:
     dtype = getattr(torch, given.dtype)
     rows = []
-    for name, (make, labelled) in places(given.width, given.inner, given.vocabulary, dtype).items():
+    for name, (make, labelled) in places(
+        given.width, given.inner, given.vocabulary, given.tokens // given.batch, dtype
+    ).items():
         for executor in given.executor.split(","):
             row = {"place": name, "executor": executor}
             try:
@@ -258,7 +266,7 @@ def main() -> None:
             os.environ["REWRITER_CACHE_DIR"] = folder
         result["rows"] = measure_steps(given) if given.steps else measure_places(given)
     OUT.mkdir(parents=True, exist_ok=True)
-    name = f"select-{given.steps}.json" if given.steps else "select.json"
+    name = f"selection-{given.steps}.json" if given.steps else "selection.json"
     (OUT / name).write_text(json.dumps(result, indent=1, default=str), encoding="utf-8")
 
 

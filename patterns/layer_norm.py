@@ -93,8 +93,8 @@ class LayerNorm(Pattern):
     def check(self, match: Match) -> str | None:
         return row_check(match, "weight", "bias")
 
-    def already(self, match: Match) -> str | None:
-        return "layer_norm" if match.variant.get("library") and match.meta("x").device.type == "cpu" else None
+    def library(self, match: Match) -> str | None:
+        return "layer_norm" if match.variant.get("library") else None
 
     def replacement(self, match: Match) -> Call:
         parts = [match[name] if name in match.tensors else None for name in ("weight", "bias")]

@@ -15,9 +15,6 @@ from rewriter.kernels.dequantize_4bit import CODES, Packed4bit, dequantize_4bit
 from rewriter.kernels.linear_4bit import linear_4bit
 from rewriter.pattern import Call, Match, Pattern, Reference
 
-# On a CPU the library's code for its vector units is faster than what stands in for the kernel.
-DEVICES = {"cuda"}
-
 _BLOCKS = 3
 PLAIN = {"packed": torch.zeros(48, 1, dtype=torch.uint8), "absmax": (_BLOCKS,)}
 NESTED = {
@@ -55,10 +52,12 @@ def _is_of(linear, weight) -> bool:
     return value is weight
 
 
-def library(match: Match) -> str | None:
+CALL = "its library's operator"
+
+
+def already(match: Match) -> str | None:
     """What the model calls, where unpacking to memory is no gain: without a gradient, one token needs none of that."""
-    gain = match.root.meta.device.type in DEVICES and match.root.meta.requires_grad
-    return None if gain else "its library's operator"
+    return None if match.root.meta.requires_grad else CALL
 
 
 def why_not(match: Match) -> str | None:
@@ -102,7 +101,10 @@ class Linear4bit(Pattern):
     references = tuple(_reference(weight, bias) for weight in (PLAIN, NESTED) for bias in ({}, {"bias": (12,)}))
 
     def already(self, match: Match) -> str | None:
-        return library(match)
+        return already(match)
+
+    def library(self, match: Match) -> str | None:
+        return CALL
 
     def check(self, match: Match) -> str | None:
         return why_not(match)

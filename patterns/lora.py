@@ -41,7 +41,10 @@ class LoRA(Pattern):
         return why_not(match)
 
     def already(self, match: Match) -> str | None:
-        return four_bits.library(match) if "packed" in match.tensors else None
+        return four_bits.already(match) if "packed" in match.tensors else None
+
+    def library(self, match: Match) -> str | None:
+        return four_bits.CALL if "packed" in match.tensors else None
 
     def sample(self, match, name, shapes, generator):
         return four_bits.sample(match, name, shapes, generator)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -22,10 +24,11 @@ from rewriter.attach import (
 )
 from rewriter.backend import Backend, default_session
 from rewriter.execute import EXECUTORS
-from rewriter.library import select
+from rewriter.library import chosen
 from rewriter.pattern import Pattern
 from rewriter.regions import Region, find_regions
 from rewriter.report import RewriteReport
+from rewriter.select import MEMORY_RATE, MODES
 from rewriter.session import Options, Session
 
 _SESSION = "_rewriter_session"
@@ -41,6 +44,8 @@ def optimize(
     dynamic: bool | None = None,
     verify: str = "first",
     strict: bool = False,
+    select: str = "shipped",
+    memory_rate: float = MEMORY_RATE,
 ) -> nn.Module:
     """Make training of `model` faster and smaller, in place; the same object comes back.
 
@@ -48,22 +53,26 @@ def optimize(
     the state dict, hooks, `generate`, saving, copying and gradient checkpointing stay as they are.
 
     patterns: names restrict the built-in patterns to these; Pattern objects are added (one named like a built-in
-              pattern takes its place). Default: all built-in ones and those of installed plugins. "lora" is not one of
-              them: it is applied where it is named, alone beside all others.
+              pattern takes its place). Default: all built-in ones and those of installed plugins
     exclude:  names of patterns that are not applied
     executor: "eager" runs the rewritten graph as it is, "inductor" compiles it further, "auto" is Inductor on an
               accelerator and eager on a CPU
     dynamic:  as in torch.compile: None lets a second shape become dynamic, True starts so, False never
     verify:   "first" proves each distinct match once, in values and gradients, before it is used; "off" trusts patterns
               (but for a backward that the model itself has written: what it does, only a proof can tell)
-    strict:   raise RewriteError where something that looks like a pattern was not rewritten
+    strict:   raise RewriteError where something that looks like a pattern was not rewritten, but for what could be
+              rewritten and does not pay
+    select:   "shipped" leaves a place as it was where the table in rewriter/decisions.py says that a rewrite does not
+              pay; "measure" times each distinct place and its rewrite, forward and backward, on the device, in the
+              first step, and keeps the better one; "all" rewrites whatever is right
+    memory_rate: with "measure", how many milliseconds a GiB is worth that need not wait for backward (at least 0)
 
     Raises TypeError for a model that is no nn.Module or an argument of the wrong type, ValueError for an unknown
-    pattern, executor or mode, and for a model with parameters on the meta device.
+    pattern, executor or mode or a negative memory_rate, and for a model with parameters on the meta device.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"optimize takes a torch.nn.Module, not {type(model).__name__}")
-    options = _options(patterns, exclude, executor, dynamic, verify, strict)
+    options = _options(patterns, exclude, executor, dynamic, verify, strict, select, memory_rate)
     _refuse_meta(model)
     _install(model, options)
     return model
@@ -104,7 +113,7 @@ def explain(model: nn.Module, **options: Any) -> Callable[..., RewriteReport]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"explain takes a torch.nn.Module, not {type(model).__name__}")
-    arguments = dict(patterns=None, exclude=(), executor="auto", dynamic=None, verify="first", strict=False)
+    arguments = {n: p.default for n, p in inspect.signature(optimize).parameters.items() if p.kind is p.KEYWORD_ONLY}
     unknown = set(options) - set(arguments)
     if unknown:
         raise TypeError(f"explain has no option {sorted(unknown)[0]!r}; allowed are {', '.join(arguments)}")
@@ -133,7 +142,15 @@ def explain(model: nn.Module, **options: Any) -> Callable[..., RewriteReport]:
 
 
 def _options(
-    patterns: Any, exclude: Any, executor: Any, dynamic: Any, verify: Any, strict: Any, dry: bool = False
+    patterns: Any,
+    exclude: Any,
+    executor: Any,
+    dynamic: Any,
+    verify: Any,
+    strict: Any,
+    select: Any,
+    memory_rate: Any,
+    dry: bool = False,
 ) -> Options:
     if executor not in EXECUTORS:
         raise ValueError(f"unknown executor {executor!r}; allowed are {', '.join(EXECUTORS)}")
@@ -141,7 +158,14 @@ def _options(
         raise ValueError(f"unknown verify mode {verify!r}; allowed are {', '.join(_VERIFY)}")
     if dynamic not in (None, True, False):
         raise TypeError("dynamic is None, True or False")
-    return Options(select(patterns, exclude), executor, dynamic, verify, bool(strict), dry)
+    if select not in MODES:
+        raise ValueError(f"unknown select mode {select!r}; allowed are {', '.join(MODES)}")
+    if isinstance(memory_rate, bool) or not isinstance(memory_rate, int | float):
+        raise TypeError(f"memory_rate is a number of milliseconds for each GiB, not {type(memory_rate).__name__}")
+    if not 0 <= memory_rate < math.inf:
+        raise ValueError(f"memory_rate is at least 0 and finite, not {memory_rate}")
+    rate = float(memory_rate)
+    return Options(chosen(patterns, exclude), executor, dynamic, verify, bool(strict), dry, select, rate)
 
 
 def _refuse_meta(model: nn.Module) -> None:

@@ -19,7 +19,7 @@ from rewriter.execute import execute, resolve, with_checkpoints
 from rewriter.head_graph import CASTS, factor_of, head_graph
 from rewriter.lazy import LazyTensor, lazy_rows
 from rewriter.lazy_rows import Head, Rows
-from rewriter.library import select
+from rewriter.library import chosen
 from rewriter.log import log
 from rewriter.lower import Lowering
 from rewriter.meta import tensor_meta
@@ -50,8 +50,9 @@ class Backend:
             session.fallback(session.running(), f"graph left as it was: {type(error).__name__}: {error}")
             target, result = gm, Result()
         record = session.record(result, gm.graph, code)
-        if options.strict and (record.misses or target is gm):
-            reasons = "; ".join(f"{m.pattern} at {', '.join(m.sites) or '<model>'}: {m.reason}" for m in record.misses)
+        misses = [m for m in record.misses if not m.choice]
+        if options.strict and (misses or target is gm):
+            reasons = "; ".join(f"{m.pattern} at {', '.join(m.sites) or '<model>'}: {m.reason}" for m in misses)
             raise RewriteError(f"not everything was rewritten: {reasons or 'see the report'}")
         if options.dry:
             with_checkpoints(gm)
@@ -71,7 +72,8 @@ class Backend:
         normalise(lowered.graph)
         session = self.session
         leaves = self._ends(gm) if whole else None
-        result = rewrite(lowered, session.options.patterns, session.proofs, session.fuel, whole, leaves)
+        patterns, selection = session.options.patterns, session.selection
+        result = rewrite(lowered, patterns, session.proofs, session.fuel, whole, leaves, selection)
         for node in lowered.graph.nodes:
             if node.op == "get_attr" and isinstance(getattr(lowered, node.target, None), fx.GraphModule):
                 if any(u.target is torch._higher_order_ops.wrap.tag_activation_checkpoint for u in node.users):
@@ -270,7 +272,7 @@ aten = torch.ops.aten
 
 @functools.cache
 def _default_backend() -> Backend:
-    options = Options(select(None, ()), executor="auto", dynamic=None, verify="first", strict=False)
+    options = Options(chosen(None, ()), executor="auto", dynamic=None, verify="first", strict=False)
     return Backend(Session(None, options))
 
 

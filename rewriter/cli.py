@@ -1,4 +1,4 @@
-"""The command line: `rewriter env`, `rewriter patterns`, `rewriter report FILE.json`.
+"""The command line: `rewriter env`, `rewriter patterns`, `rewriter decisions`, `rewriter report FILE.json`.
 
 Exit code 0, or 2 with a sentence on stderr where the command or its file is wrong.
 """
@@ -21,13 +21,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("env", help="versions and devices, for a bug report")
     commands.add_parser("patterns", help="the patterns that would be applied: built-in ones and those of plugins")
+    commands.add_parser("decisions", help="where rewrites pay, as the package ships it, and the figures behind it")
     report = commands.add_parser("report", help='show a report that was saved with report.save("FILE.json")')
     report.add_argument("file", type=Path, metavar="FILE.json")
     report.add_argument("--format", choices=FORMATS, default="text", help="default: text")
     given = parser.parse_args(arguments)
     if given.command == "report":
         return _report(given, report)
-    return {"env": _env, "patterns": _patterns}[given.command]()
+    return {"env": _env, "patterns": _patterns, "decisions": _decisions}[given.command]()
 
 
 def _env() -> int:
@@ -55,6 +56,18 @@ def _patterns() -> int:
         origin = f"plugin {type(pattern).__module__}" if name in added else "built-in"
         rows.append((name, origin, f"{count} reference{'s' * (count != 1)}", describe(pattern)))
     _print_rows(rows)
+    return 0
+
+
+def _decisions() -> int:
+    from rewriter.decisions import DECISIONS
+
+    rows = []
+    for row in DECISIONS:
+        place = f"{row.pattern} (a library's)" if row.library else row.pattern
+        rows.append((place, row.executor, row.device, "yes" if row.apply else "no", row.source or "-", row.figures))
+    _print_rows([("pattern", "executor", "device", "apply", "from", "figures"), *rows])
+    print("whatever else is right is applied: it was not measured by itself")
     return 0
 
 

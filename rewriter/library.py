@@ -47,7 +47,7 @@ def plugins() -> dict[str, Pattern]:
     return found
 
 
-def select(patterns: Iterable[str | Pattern] | None, exclude: Iterable[str]) -> tuple[Pattern, ...]:
+def chosen(patterns: Iterable[str | Pattern] | None, exclude: Iterable[str]) -> tuple[Pattern, ...]:
     """The patterns asked for. Strings name known patterns; Pattern objects are added to them (see `optimize`)."""
     known = {**built_in(), **plugins()}
     if isinstance(patterns, str | Pattern) or isinstance(exclude, str):
@@ -64,8 +64,8 @@ def select(patterns: Iterable[str | Pattern] | None, exclude: Iterable[str]) -> 
     for name in (*names, *excluded):
         if name not in known and name not in own:
             raise ValueError(f"unknown pattern {name!r}; known are {', '.join(sorted({*known, *own}))}")
-    chosen = {n: known[n] for n in names if n in known} if names else known
-    applied = {n: p for n, p in {**chosen, **own}.items() if n not in excluded}
+    wanted = {n: known[n] for n in names if n in known} if names else known
+    applied = {n: p for n, p in {**wanted, **own}.items() if n not in excluded}
     # A composite goes with its parts: not where one of them is excluded, or replaced by a pattern of the user's.
     return tuple(p for n, p in applied.items() if n in own or all(known.get(q) is applied.get(q) for q in p.parts))
 

@@ -13,6 +13,7 @@ from rewriter.report import (
     Fallback,
     GraphBreak,
     Kept,
+    Measured,
     NearMiss,
     OnDemand,
     RegionReport,
@@ -21,7 +22,8 @@ from rewriter.report import (
 )
 
 # What a field that an older report lacks, or that has a default, is taken to be.
-_DEFAULTS: dict[str, Any] = {"lazy": False, "parts": (), "notes": (), "kept": (), "on_demand": ()}
+_DEFAULTS: dict[str, Any] = {"lazy": False, "parts": (), "notes": (), "kept": (), "on_demand": (), "choice": False,
+                             "measured": None}  # fmt: skip
 # Fields that hold other records.
 _RECORDS: dict[str, type] = {
     "rewrites": Rewrite,
@@ -68,6 +70,8 @@ def _record(kind: type, data: Any) -> Any:
 
 
 def _value(name: str, given: Any) -> Any:
+    if name == "measured":
+        return None if given is None else _record(Measured, given)
     if name in _RECORDS:
         return tuple(_record(_RECORDS[name], item) for item in given)
     return tuple(given) if isinstance(given, list) else given

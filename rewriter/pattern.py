@@ -205,7 +205,17 @@ class Pattern:
         return None
 
     def already(self, match: Match) -> str | None:
-        """What the model itself calls here, if nothing better is known: the place is reported and left as it is."""
+        """What the model itself calls here, if nothing better is known: the place is reported and left as it is.
+
+        On any device; see `library` for what is better on some.
+        """
+        return None
+
+    def library(self, match: Match) -> str | None:
+        """A library's operator that the model calls here for all of this match, if some devices have a better one.
+
+        Where decisions.py has it that it stays, the place is reported and left as it is, unless the two are measured.
+        """
         return None
 
     def row_input(self, match: Match) -> fx.Node | None:

@@ -14,8 +14,7 @@ from torch import fx, nn
 from rewriter.legality import Site
 from rewriter.paths import node_path, site_path
 from rewriter.report import CheckResult, Kept, NearMiss, OnDemand, Rewrite
-from rewriter.rewrite import Refusal, Result
-from rewriter.verify import Verification
+from rewriter.rewrite import Applied, Refusal, Result
 
 
 @dataclass
@@ -77,7 +76,7 @@ class _Ordinals:
 def rewrites_of(result: Result, base: str, whole: bool, modules: ModulePaths) -> list[Rewrite]:
     """The report's entries for the sites of one graph, with paths in the region `base`, maybe the `whole` model."""
     names = _Ordinals()
-    return [_rewrite(site, proof, names, base, whole, modules) for site, proof in result.applied]
+    return [_rewrite(applied, names, base, whole, modules) for applied in result.applied]
 
 
 def kept_of(result: Result, base: str, whole: bool, modules: ModulePaths) -> list[Kept]:
@@ -103,9 +102,8 @@ def misses_of(result: Result, base: str, modules: ModulePaths) -> list[NearMiss]
     return [_miss(refusal, base, modules) for refusal in result.refused]
 
 
-def _rewrite(
-    site: Site, proof: Verification | None, names: _Ordinals, base: str, whole: bool, modules: ModulePaths
-) -> Rewrite:
+def _rewrite(applied: Applied, names: _Ordinals, base: str, whole: bool, modules: ModulePaths) -> Rewrite:
+    site, proof = applied.site, applied.proof
     places = dict.fromkeys(site_path(outputs, nodes, base, whole, modules.of) for outputs, nodes in _places(site))
     checks = tuple(CheckResult(c.what, c.dtype, c.old_error, c.new_error) for c in proof.checks) if proof else ()
     return Rewrite(
@@ -117,6 +115,7 @@ def _rewrite(
         checks,
         bool(site.lazy),
         site.matches[0].pattern.parts,
+        applied.measured,
     )
 
 
@@ -134,7 +133,8 @@ def _miss(refusal: Refusal, base: str, modules: ModulePaths) -> NearMiss:
     node = refusal.node
     path = node_path(node, base, modules.of) if node is not None else base
     source = _source_line(node.meta.get("stack_trace") or "") if node is not None else ""
-    return NearMiss(refusal.pattern, (path,), refusal.reason, node.name if node is not None else "", source)
+    name = node.name if node is not None else ""
+    return NearMiss(refusal.pattern, (path,), refusal.reason, name, source, refusal.choice, refusal.measured)
 
 
 def _source_line(stack_trace: str) -> str:

@@ -20,6 +20,30 @@ class CheckResult:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What a place takes, as the model has it (old) and rewritten (new), forward and backward: with select="measure".
+
+    ms:      milliseconds of the device; host_ms: of the host until all is issued, 0 on a CPU
+    mib:     MiB that wait for backward beside the place's inputs
+    against: patterns that old has in it: those of a composite's parts, where that is better than the model's own
+    at:      what it was measured on
+    stored:  whether an earlier process measured it
+    note:    why it was not measured; then there are no figures
+    """
+
+    old_ms: float | None = None
+    new_ms: float | None = None
+    old_host_ms: float | None = None
+    new_host_ms: float | None = None
+    old_mib: float | None = None
+    new_mib: float | None = None
+    against: str = ""
+    at: str = ""
+    stored: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class Rewrite:
     """One rewrite of one compiled graph, and every module path it serves.
 
@@ -28,6 +52,7 @@ class Rewrite:
     verified:    errors of the proof; empty when verification was off
     lazy:        whether a result that the graph returned is now computed on demand
     parts:       of a composite such as add_rms_norm: the patterns that its places count for as well
+    measured:    what it and the original take; None but with select="measure"
     """
 
     pattern: str
@@ -38,6 +63,7 @@ class Rewrite:
     verified: tuple[CheckResult, ...]
     lazy: bool = False
     parts: tuple[str, ...] = ()
+    measured: Measured | None = None
 
 
 @dataclass(frozen=True)
@@ -64,13 +90,19 @@ class OnDemand:
 
 @dataclass(frozen=True)
 class NearMiss:
-    """A place that looked like a pattern and was left alone. node: the graph node the reason speaks of."""
+    """A place that looked like a pattern and was left alone. node: the graph node the reason speaks of.
+
+    choice:   whether it could have been rewritten and does not pay: `strict` accepts that
+    measured: what was measured of it then, with select="measure"
+    """
 
     pattern: str
     sites: tuple[str, ...]
     reason: str
     node: str
     source: str
+    choice: bool = False
+    measured: Measured | None = None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The passes over one graph, in order: shadow, match, legality, conflicts, groups, verification, replacement."""
+"""The passes over one graph: shadow, match, legality, conflicts, groups, verification, selection, replacement."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -15,11 +15,13 @@ from rewriter.foreign import fused_tails
 from rewriter.legality import Illegal, Legality, Site, written_nodes
 from rewriter.log import log
 from rewriter.matcher import find, find_lookalikes
-from rewriter.meta import tensor_meta
 from rewriter.own_loss import Logits, find_logits
 from rewriter.pattern import Match, Pattern, is_narrowing
 from rewriter.replace import LazyOutput, replace_sites
+from rewriter.report import Measured
+from rewriter.select import Selection
 from rewriter.shadow import Value, build_shadow
+from rewriter.site_key import key_of
 from rewriter.verify import Verification, verify
 
 TAIL = "linear_cross_entropy"  # what a tail that somebody else has fused counts as
@@ -27,12 +29,17 @@ TAIL = "linear_cross_entropy"  # what a tail that somebody else has fused counts
 
 @dataclass(frozen=True)
 class Refusal:
-    """A match or near match that stays as it was. matched: the operators of a whole match, a composite's excepted."""
+    """A match or near match that stays as it was. matched: the operators of a whole match, a composite's excepted.
+
+    choice: it would be right and does not pay; measured: by these figures
+    """
 
     pattern: str
     reason: str
     node: fx.Node | None
     matched: frozenset[fx.Node] = frozenset()
+    choice: bool = False
+    measured: Measured | None = None
 
 
 @dataclass(frozen=True)
@@ -45,14 +52,22 @@ class Kept:
     call: str
 
 
+class Applied(NamedTuple):
+    """A site that is rewritten, with its proof (None when verification is off) and what was measured (or None)."""
+
+    site: Site
+    proof: Verification | None
+    measured: Measured | None
+
+
 @dataclass
 class Result:
-    """What rewriting one graph did. `applied` pairs each site with its proof (None when verification is off).
+    """What rewriting one graph did.
 
     logits: those that the graph returns without a loss, computed on demand from now on
     """
 
-    applied: list[tuple[Site, Verification | None]] = field(default_factory=list)
+    applied: list[Applied] = field(default_factory=list)
     kept: list[Kept] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
     lazy: list[LazyOutput] = field(default_factory=list)
@@ -72,7 +87,7 @@ class Proofs:
         proof can tell."""
         if not self.enabled and all(node.meta.get("forward") is None for node in site.covered):
             return None
-        key = _proof_key(site)
+        key = key_of(site)
         if key not in self._known:
             self._known[key] = verify(site)
         return self._known[key]
@@ -101,30 +116,34 @@ def rewrite(
     fuel: Fuel,
     lazy: bool = True,
     leaves: Callable[[fx.Node], bool] | None = None,
+    selection: Selection | None = None,
 ) -> Result:
     """Rewrite a lowered graph in place.
 
+    selection: whether rewrites pay; by default the shipped table says so
     lazy:   outputs may be taken out of it, to be computed on demand
     leaves: tells of a node whether the graph ends the outermost forward there: then logits are on demand without a loss
     """
     result = Result()
     with torch._guards.tracing(None):  # what runs on fake tensors here must not touch the shapes Dynamo is tracing
-        sites = choose_sites(gm.graph, patterns, proofs, result, lazy)
+        sites = choose_sites(gm.graph, patterns, proofs, selection or Selection("shipped", "auto"), result, lazy)
     names = {p.name for p in patterns}
     result.kept += [Kept(TAIL, (n,), (n,), call) for n, call in fused_tails(gm.graph) if TAIL in names]
-    kept = [(site, proof) for site, proof in sites if fuel.take()]
-    for site, _ in sites[len(kept) :]:
+    kept = [applied for applied in sites if fuel.take()]
+    for site, *_ in sites[len(kept) :]:
         result.refused.append(Refusal(site.pattern, "REWRITER_FUEL is used up", site.outputs[0]))
     if lazy and leaves is not None and any(p.name == "linear_cross_entropy" for p in patterns):
         for found in find_logits(gm.graph, leaves):
-            left = [s for s in kept if not set(s[0].outputs) <= set(found.nodes)]  # an adapter on the head goes with it
-            taken = {node for site, _ in left for node in site.covered} - {n for site, _ in left for n in site.outputs}
+            # an adapter on the head goes with it
+            left = [applied for applied in kept if not set(applied.site.outputs) <= set(found.nodes)]
+            covered = {node for site, *_ in left for node in site.covered}
+            taken = covered - {node for site, *_ in left for node in site.outputs}
             if not taken & {*found.nodes, found.promise.inputs[0]} and fuel.take():
                 result.logits.append(found)
                 kept = left
-    result.lazy = replace_sites(gm, [site for site, _ in kept], [found.promise for found in result.logits])
+    result.lazy = replace_sites(gm, [site for site, *_ in kept], [found.promise for found in result.logits])
     result.applied = kept
-    for site, _ in kept:
+    for site, *_ in kept:
         log.info("rewrote %s at %s", site.pattern, site.outputs[0].name)
     for refusal in result.refused:
         log.debug("near miss of %s at %s: %s", refusal.pattern, refusal.node, refusal.reason)
@@ -132,9 +151,14 @@ def rewrite(
 
 
 def choose_sites(
-    graph: fx.Graph, patterns: Iterable[Pattern], proofs: Proofs, result: Result, lazy: bool = True
-) -> list[tuple[Site, Verification | None]]:
-    """Legal, proven sites that don't overlap; larger ones first. What was refused is added to `result`."""
+    graph: fx.Graph,
+    patterns: Iterable[Pattern],
+    proofs: Proofs,
+    selection: Selection,
+    result: Result,
+    lazy: bool = True,
+) -> list[Applied]:
+    """Legal, proven sites that pay and don't overlap; larger ones first. What was refused is added to `result`."""
     writes = written_nodes(graph)
     shadow = build_shadow(graph, frozenset(n for n in writes if n.op != "placeholder"))
     legality = Legality(graph, shadow, writes, proofs.fakes, lazy)
@@ -146,7 +170,7 @@ def choose_sites(
             node = _real(miss.at) or _real(miss.anchor)
             refused[pattern.name, miss.anchor] = Refusal(pattern.name, miss.reason, node)
         for match in matches:
-            call = _guarded(lambda m=match: m.pattern.already(m), pattern, refused, match.root)
+            call = _guarded(lambda m=match: m.pattern.already(m) or selection.library(m), pattern, refused, match.root)
             if call:
                 bound = tuple(v.node for v in match.bound.values() if v.node is not None)
                 result.kept.append(Kept(pattern.name, match.outputs, bound, call))
@@ -160,25 +184,25 @@ def choose_sites(
                 refused.setdefault((pattern.name, match.root), Refusal(pattern.name, reason, match.output))
     candidates = _without_greedy_composites(candidates)
     candidates.sort(key=lambda s: (-len(s.compute), -len(s.covered), legality.position[s.outputs[0]]))
-    accepted: list[tuple[Site, Verification | None]] = []
+    accepted: list[Applied] = []
     banned: set[int] = set()
     while True:
-        taken = {node for site, _ in accepted for node in site.compute}
+        taken = {node for site, *_ in accepted for node in site.compute}
         fresh = _without_overlap([c for c in candidates if id(c) not in banned], taken)
         if not fresh:
             break
         for group in _groups(legality, fresh, refused):
-            _prove(legality, group, proofs, accepted, refused)
+            _try(group, candidates, proofs, selection, accepted, refused)
         banned.update(id(site) for site in fresh)
-    done = {node for site, _ in accepted for node in site.compute}
+    done = {node for site, *_ in accepted for node in site.compute}
     result.kept = [k for k in result.kept if k.outputs[0] not in done]
     done |= {node for k in result.kept for node in k.nodes}
     result.refused += [
         r
         for (_, at), r in refused.items()
-        if r.matched - done or not (_real(at) in done or (r.node is not None and r.node in done))
+        if r.choice or r.matched - done or not (_real(at) in done or (r.node is not None and r.node in done))
     ]  # part of a match may have become a smaller one: the logits' loss, where their head can't be in it
-    return sorted(accepted, key=lambda pair: legality.position[pair[0].outputs[0]])
+    return sorted(accepted, key=lambda applied: legality.position[applied.site.outputs[0]])
 
 
 def _guarded(action: Callable, pattern: Pattern, refused: dict, root: Value | None = None) -> Any:
@@ -286,42 +310,53 @@ def _partition(groups: Any, matches: list[Match]) -> list[tuple[Match, ...]]:
     return groups
 
 
-def _prove(legality: Legality, group: list[Site], proofs: Proofs, accepted: list, refused: dict) -> None:
-    joint = group[0] if len(group[0].matches) > 1 else None
-    if joint is not None:
-        proof = proofs.of(joint)
-        if proof is None or proof.passed:
-            accepted.append((joint, proof))
+def _try(
+    group: list[Site],
+    candidates: list[Site],
+    proofs: Proofs,
+    selection: Selection,
+    accepted: list[Applied],
+    refused: dict,
+) -> None:
+    """Accept what is proven and pays: the joint site of a group, or those that it was made of."""
+    if len(group[0].matches) > 1:
+        if _tried(group[0], candidates, proofs, selection, accepted, {}):
             return
         group = group[1:]
     for site in group:
-        proof = proofs.of(site)
-        if proof is None or proof.passed:
-            accepted.append((site, proof))
-        else:
-            reason = f"verification: {proof.reason}"
-            log.warning("%s at %s stays as it was: %s", site.pattern, site.outputs[0].name, reason)
-            match = site.matches[0]
-            refused[site.pattern, match.root] = Refusal(site.pattern, reason, site.outputs[0], _operators(match))
+        _tried(site, candidates, proofs, selection, accepted, refused)
 
 
-def _proof_key(site: Site) -> Any:
-    names = {node: f"%{i}" for i, node in enumerate(site.inputs)}
-    body = []
-    for node in site.covered:
-        names[node] = f"%{len(names)}"
-        body.append(f"{node.target}{_text(node.args, names)}{_text(dict(node.kwargs), names)}")
-    metas = tuple(tensor_meta(n) for n in site.inputs)
-    call = (site.call.fn, _text(site.call.args, names), _text(dict(site.call.kwargs), names))
-    outputs = tuple(names[n] for n in site.outputs)
-    return site.pattern, tuple(body), metas, call, outputs, site.outputs[0].meta.get("ambient")
+def _tried(
+    site: Site,
+    candidates: list[Site],
+    proofs: Proofs,
+    selection: Selection,
+    accepted: list[Applied],
+    refused: dict,
+) -> bool:
+    """Whether a site was accepted; if not, its reason is among the refusals."""
+    at = site.pattern, site.matches[0].root
+    proof = proofs.of(site)
+    if proof is not None and not proof.passed:
+        reason = f"verification: {proof.reason}"
+        log.warning("%s at %s stays as it was: %s", site.pattern, site.outputs[0].name, reason)
+        refused[at] = Refusal(site.pattern, reason, site.outputs[0], _operators(site.matches[0]))
+        return False
+    verdict = selection.verdict(site, _parts(site, candidates, proofs) if selection.mode == "measure" else ())
+    if not verdict.keep:
+        log.info("%s at %s stays as it was: %s", site.pattern, site.outputs[0].name, verdict.reason)
+        operators, output = frozenset(v.node for v in site.matches[0].bound.values()) - {None}, site.outputs[0]
+        if not any(r.choice and r.pattern == site.pattern and output in r.matched for r in refused.values()):
+            refused[at] = Refusal(site.pattern, verdict.reason, output, operators, True, verdict.measured)
+        return False
+    accepted.append(Applied(site, proof, verdict.measured))
+    return True
 
 
-def _text(tree: Any, names: dict[fx.Node, str]) -> str:
-    if isinstance(tree, fx.Node):
-        return names.get(tree, tree.name)
-    if isinstance(tree, list | tuple):
-        return "(" + ",".join(_text(t, names) for t in tree) + ")"
-    if isinstance(tree, dict):
-        return "{" + ",".join(f"{k}:{_text(v, names)}" for k, v in sorted(tree.items())) + "}"
-    return repr(tree)
+def _parts(site: Site, candidates: list[Site], proofs: Proofs) -> list[Site]:
+    """Sites of other patterns that lie inside of one: they would be rewritten if that is not."""
+    covered = set(site.covered)
+    inside = [c for c in candidates if c.pattern != site.pattern and covered.issuperset(c.covered)]
+    proven = [c for c in inside if (proof := proofs.of(c)) is None or proof.passed]
+    return _without_overlap(proven, set())

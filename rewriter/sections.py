@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from rewriter.report import CheckResult, Rewrite, RewriteReport
+from rewriter.report import CheckResult, Measured, Rewrite, RewriteReport
 from rewriter.sites import compressed
 
 NOTHING = "nothing has been compiled yet: run a training step"
@@ -37,11 +37,15 @@ def summary(report: RewriteReport) -> str:
     rewritten = sum(len({s for r in report.rewrites if r.pattern == name for s in r.sites}) for name in _names(report))
     kept = sum(len(k.sites) for k in report.kept)
     demanded = len({site for d in report.on_demand for site in d.sites})
-    missed = len({(m.pattern, s, m.node, m.reason) for m in report.near_misses for s in m.sites})
+    missed, left = (
+        len({(m.pattern, s, m.node, m.reason) for m in report.near_misses if m.choice is choice for s in m.sites})
+        for choice in (False, True)
+    )
     counts = (
         (rewritten, "place rewritten", "places rewritten"),
         *([(demanded, "result on demand", "results on demand")] if demanded else []),
         *([(kept, "place already so", "places already so")] if kept else []),
+        *([(left, "place left, as it does not pay", "places left, as they do not pay")] if left else []),
         (missed, "near miss", "near misses"),
         (report.graphs, "graph compiled", "graphs compiled"),
         (report.recompiles, "recompile", "recompiles"),
@@ -54,7 +58,14 @@ def summary(report: RewriteReport) -> str:
 def sections(report: RewriteReport) -> list[Section]:
     """The tables that have anything to say."""
     tables = [_coverage(report), _rewrites(report), _on_demand(report), _kept(report), _verification(report)]
-    tables += [_near_misses(report), _regions(report), _graph_breaks(report), _fallbacks(report), _notes(report)]
+    tables += [
+        _left(report),
+        _near_misses(report),
+        _regions(report),
+        _graph_breaks(report),
+        _fallbacks(report),
+        _notes(report),
+    ]
     return [table for table in tables if table.rows]
 
 
@@ -81,20 +92,23 @@ def _coverage(report: RewriteReport) -> Section:
 
 def _rewrites(report: RewriteReport) -> Section:
     rows = []
+    timed = any(r.measured for r in report.rewrites)
     for group in _grouped(report.rewrites, _kind):
         first = group[0]
         sites = [s for r in group for s in r.sites]
         worst = _worst([c for r in group for c in r.verified])
         operators = sorted({r.operators for r in group})
+        measured = tuple(line for m in dict.fromkeys(r.measured for r in group) for line in _times(m))
         rows.append(
             (
                 (first.pattern, f"by {first.replacement}", *_details(first)),
                 _where(sites),
                 _line(operators[0] if len(operators) == 1 else f"{operators[0]}-{operators[-1]}"),
                 (_error(worst), f"{worst.what}, {worst.dtype}") if worst else _line("not verified"),
+                *([measured] if timed else []),
             )
         )
-    columns = ("pattern", "where", "nodes", "worst error (original's)")
+    columns = ("pattern", "where", "nodes", "worst error (original's)", *(["measured (original)"] if timed else []))
     return Section("Rewrites", columns, tuple(rows), frozenset({"where"}))
 
 
@@ -126,9 +140,20 @@ def _verification(report: RewriteReport) -> Section:
     return Section("Verification", columns, tuple(rows), full_only=True)
 
 
+def _left(report: RewriteReport) -> Section:
+    rows = []
+    left = [m for m in report.near_misses if m.choice]
+    for group in _grouped(left, lambda m: (m.pattern, m.reason, m.measured, m.source)):
+        first = group[0]
+        why = (*first.reason.splitlines(), *_times(first.measured)[1:], *first.source.splitlines())
+        rows.append((_line(first.pattern), _where([s for m in group for s in m.sites]), why))
+    return Section("Left, as it does not pay", ("pattern", "where", "why"), tuple(rows), frozenset({"where"}))
+
+
 def _near_misses(report: RewriteReport) -> Section:
     rows = []
-    for group in _grouped(report.near_misses, lambda m: (m.pattern, m.reason, m.node, m.source)):
+    missed = [m for m in report.near_misses if not m.choice]
+    for group in _grouped(missed, lambda m: (m.pattern, m.reason, m.node, m.source)):
         first = group[0]
         node = (f"node {first.node}",) if first.node else ()
         why = (*first.reason.splitlines(), *node, *first.source.splitlines())
@@ -187,6 +212,23 @@ def _worst(checks: Iterable[CheckResult]) -> CheckResult | None:
 
 def _error(check: CheckResult) -> str:
     return f"{check.new_error:.1e} ({check.old_error:.1e})" if check.dtype else "no gradient in either"
+
+
+def _times(measured: Measured | None) -> Cell:
+    """The figures of a measurement; the original's, or what took its place in the comparison, in brackets."""
+    if measured is None:
+        return ()
+    if measured.new_ms is None:
+        return _line(measured.note)
+    lines = [
+        f"{measured.new_ms:.3g} ms ({measured.old_ms:.3g})",
+        f"{measured.new_mib:.3g} MiB kept ({measured.old_mib:.3g})",
+    ]
+    if measured.new_host_ms:
+        lines.append(f"host {measured.new_host_ms:.3g} ms ({measured.old_host_ms:.3g})")
+    if measured.against:
+        lines.append(f"original with {measured.against}")
+    return (*lines, f"on {measured.at}", *(["measured before"] if measured.stored else []))
 
 
 def _line(value: Any) -> Cell:

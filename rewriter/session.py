@@ -24,6 +24,7 @@ from rewriter.pattern import Pattern
 from rewriter.record import GraphRecord, ModulePaths, kept_of, misses_of, on_demand_of, rewrites_of
 from rewriter.report import Fallback, GraphBreak, Kept, NearMiss, OnDemand, RegionReport, Rewrite, RewriteReport
 from rewriter.rewrite import Fuel, Proofs, Result
+from rewriter.select import MEMORY_RATE, Selection
 
 
 class RewriteError(RuntimeError):
@@ -40,6 +41,8 @@ class Options:
     verify: str
     strict: bool
     dry: bool = False
+    select: str = "shipped"
+    memory_rate: float = MEMORY_RATE
 
 
 class Session:
@@ -48,6 +51,7 @@ class Session:
     def __init__(self, model: nn.Module | None, options: Options):
         self.options = options
         self.proofs = Proofs(options.verify != "off")
+        self.selection = Selection(options.select, options.executor, options.memory_rate)
         self.fuel = Fuel()
         self.graphs: list[GraphRecord] = []
         self.order: dict[str, int] = {}

@@ -1,9 +1,10 @@
-"""Take a piece of a graph out as a GraphModule of its own, and run it in float64."""
+"""Take a piece of a graph out as a GraphModule of its own, with or without rewrites in it, and run it in float64."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import operator
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -12,13 +13,20 @@ from torch.utils import _pytree as pytree
 from rewriter.meta import example, hint, tensor_meta
 from rewriter.quantised import IN_FLOAT64
 
+if TYPE_CHECKING:
+    from rewriter.legality import Site
+
 
 def extract(
-    inputs: tuple[fx.Node, ...], nodes: tuple[fx.Node, ...], outputs: tuple[fx.Node, ...], sizes: Mapping[int, int] = {}
+    inputs: tuple[fx.Node, ...],
+    nodes: tuple[fx.Node, ...],
+    outputs: tuple[fx.Node, ...],
+    sizes: Mapping[int, int] = {},
+    rewritten: Sequence[Site] = (),
 ) -> fx.GraphModule:
     """A module (inputs) -> tuple(outputs). Integer constants found in `sizes` are replaced in shape arguments.
 
-    A symbolic size is what it was when the graph was traced.
+    A symbolic size is what it was when the graph was traced. rewritten: sites among `nodes` whose calls are put in.
     """
     root, graph = torch.nn.Module(), fx.Graph()
     new = {node: graph.placeholder(node.name) for node in inputs}
@@ -33,8 +41,31 @@ def extract(
         new[node] = graph.node_copy(node, operand)
         if sizes and isinstance(node.target, torch._ops.OpOverload) and node.target.overloadpacket in _SHAPED:
             new[node].args = pytree.tree_map(lambda a: sizes.get(a, a) if type(a) is int else a, new[node].args)
-    graph.output(tuple(new[n] for n in outputs))
+    output = graph.output(tuple(new[n] for n in outputs))
+    if rewritten:
+        _put_in(graph, rewritten, nodes, new, output)
     return fx.GraphModule(root, graph)
+
+
+def _put_in(graph: fx.Graph, sites: Sequence[Site], nodes: tuple[fx.Node, ...], new: dict, output: fx.Node) -> None:
+    """The calls of `sites` where replace.py would put them, and nothing that is dead afterwards."""
+    order = {node: i for i, node in enumerate(sites[0].before.graph.nodes)}
+    copies = dict(new)
+    for site in sorted(sites, key=lambda s: order[s.before]):
+        behind = (copies[node] for node in nodes if order[node] >= order[site.before])
+        with graph.inserting_before(next(behind, output)):
+            args, kwargs = fx.node.map_arg((site.call.args, dict(site.call.kwargs)), new.__getitem__)
+            call = graph.call_function(site.call.fn, args, kwargs)
+            results = [call]
+            if len(site.outputs) > 1:
+                results = [graph.call_function(operator.getitem, (call, i)) for i in range(len(site.outputs))]
+        for old, result in zip(site.outputs, results, strict=True):
+            copies[old].replace_all_uses_with(result)
+            new[old] = result
+    for node in reversed(graph.nodes):
+        if node.op == "call_function" and not node.users:
+            graph.erase_node(node)
+    graph.lint()
 
 
 aten = torch.ops.aten

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +73,7 @@ def verify(site: Site, seed: int = 0) -> Verification:
 
 
 def _verify(site: Site, seed: int) -> Verification:
-    plans = _given_plans(site) or _plans([tensor_meta(n) for n in site.inputs])
+    plans = cuts(site)
     failure = ""
     for sizes in plans:
         try:
@@ -115,15 +115,18 @@ def _random_state() -> list[torch.Tensor]:
     return [torch.get_rng_state(), *on_devices]
 
 
-def _given_plans(site: Site) -> list[dict[int, int]]:
-    given = [site.matches[0].pattern.cut(match, MAX_TOKENS) for match in site.matches]
+def cuts(site: Site, longest: int = MAX_TOKENS, rows: int = MAX_ROWS) -> list[dict[int, int]]:
+    """Ways to cut sizes (size -> smaller size), best first; the last leaves them whole if that fits in memory.
+
+    longest: of a token dimension that is left; rows: of a weight, which is cut where it has more than twice as many
+    """
+    given = [site.matches[0].pattern.cut(match, longest) for match in site.matches]
     if any(cut is None for cut in given):
-        return []
+        return _plans([tensor_meta(n) for n in site.inputs], longest, rows)
     return [{size: small for cut in given for size, small in cut.items()}]
 
 
-def _plans(metas: list[TensorMeta]) -> list[dict[int, int]]:
-    """Ways to cut sizes (size -> smaller size), best first; the last leaves them whole if that fits in memory."""
+def _plans(metas: list[TensorMeta], longest: int, rows: int) -> list[dict[int, int]]:
     floats = [m for m in metas if m.dtype.is_floating_point]
     main = max(floats, key=lambda m: (m.ndim, m.numel()), default=None)
     whole = [{}] if max((m.numel() for m in metas), default=0) <= MAX_ELEMENTS else []
@@ -131,26 +134,14 @@ def _plans(metas: list[TensorMeta]) -> list[dict[int, int]]:
         return whole
     widths = {m.shape[-1] for m in floats if m.ndim}
     weights = {m.shape[0] for m in floats if m.ndim == 2 and m is not main}
-    cut = shorter(main.shape, MAX_TOKENS, widths | weights)
-    cut |= {size: MAX_ROWS for size in weights - widths if size > 2 * MAX_ROWS and size not in cut}
+    cut = shorter(main.shape, longest, widths | weights)
+    cut |= {size: rows for size in weights - widths if size > 2 * rows and size not in cut}
     return [cut, *whole] if cut else whole
 
 
 def _compare(site: Site, sizes: dict[int, int], scale: float, seed: int) -> list[Check]:
-    generators: dict[torch.device, torch.Generator] = {}
     match_of = {v.node: (m, name) for m in site.matches for name, v in m.tensors.items()}
-    samples = {}
-    for node in site.inputs:
-        match, name = match_of.get(node, (site.matches[0], node.name))
-        meta = tensor_meta(node)
-        if meta.device not in generators:
-            generators[meta.device] = torch.Generator(meta.device).manual_seed(seed)
-        generator = generators[meta.device]
-        shapes = {name: _cut(meta, sizes), **{n: _cut(v.meta, sizes) for n, v in match.tensors.items()}}
-        given = match.pattern.sample(match, name, shapes, generator)
-        if scale != SCALES[0] and meta.dtype.is_floating_point:
-            given = None  # whatever a pattern likes to be tried on, once it is tried on plain numbers
-        samples[node] = _sample(given, meta, _cut(meta, sizes), scale, generator)
+    samples, generators = draw(site, sizes, scale, seed)
     original = extract(site.inputs, site.covered, site.outputs, sizes)
     ambient = site.outputs[0].meta.get("ambient") or (True, ())
     differentiable = [n for n in site.inputs if tensor_meta(n).requires_grad] if ambient[0] else []
@@ -168,9 +159,9 @@ def _compare(site: Site, sizes: dict[int, int], scale: float, seed: int) -> list
     exact = {n: _exact(s) for n, s in samples.items()}
     states: list[list[torch.Tensor]] = []
     try:
-        with _random_numbers(seed, states), _autocast(ambient[1], samples):
+        with _random_numbers(seed, states), exactly_autocast(ambient[1], samples):
             expected, upstream = _run(old, samples, differentiable, None, generators)
-        with _random_numbers(seed, []), _autocast((), samples):
+        with _random_numbers(seed, []), exactly_autocast((), samples):
             true, _ = _run(truth, exact, differentiable, upstream, generators)
     except Exception as error:
         raise _Unrunnable(f"{type(error).__name__}: {error}") from error
@@ -180,13 +171,13 @@ def _compare(site: Site, sizes: dict[int, int], scale: float, seed: int) -> list
     if any(n.meta.get("forward") is not None for n in site.covered):
         _check_own_backward(names, expected, true, coarsest)
         larger = [u * LARGE for u in upstream]  # a gradient that is cut off, say, is none of a derivative
-        with _random_numbers(seed, []), _autocast(ambient[1], samples):
+        with _random_numbers(seed, []), exactly_autocast(ambient[1], samples):
             expected_of_large, _ = _run(old, samples, differentiable, larger, generators)
-        with _random_numbers(seed, []), _autocast((), samples):
+        with _random_numbers(seed, []), exactly_autocast((), samples):
             true_of_large, _ = _run(truth, exact, differentiable, larger, generators)
         _check_own_backward(names, expected_of_large, true_of_large, coarsest)
     before = {n: s.clone() for n, s in samples.items()}
-    with _random_numbers(seed, states), _autocast(ambient[1], samples):
+    with _random_numbers(seed, states), exactly_autocast(ambient[1], samples):
         got, _ = _run(new, samples, differentiable, upstream, generators)
     if not all(map(torch.equal, *states)):
         raise _Wrong("the replacement draws other random numbers")
@@ -198,6 +189,27 @@ def _compare(site: Site, sizes: dict[int, int], scale: float, seed: int) -> list
             raise _Wrong(f"the replacement's strides are {result.stride()} where {node.name} has others")
     rounding = coarsest / 2 if any(m.pattern.rounds_once(m) for m in site.matches) else 0.0
     return [_check(*row, coarsest, rounding) for row in zip(names, got, expected, true, strict=True)]
+
+
+def draw(
+    site: Site, sizes: dict[int, int], scale: float = SCALES[0], seed: int = 0
+) -> tuple[dict[fx.Node, torch.Tensor], dict[torch.device, torch.Generator]]:
+    """An input for each of the site's, of the matched dtypes and layouts, with `sizes` cut; what they were drawn by."""
+    generators: dict[torch.device, torch.Generator] = {}
+    match_of = {v.node: (m, name) for m in site.matches for name, v in m.tensors.items()}
+    samples = {}
+    for node in site.inputs:
+        match, name = match_of.get(node, (site.matches[0], node.name))
+        meta = tensor_meta(node)
+        if meta.device not in generators:
+            generators[meta.device] = torch.Generator(meta.device).manual_seed(seed)
+        generator = generators[meta.device]
+        shapes = {name: _cut(meta, sizes), **{n: _cut(v.meta, sizes) for n, v in match.tensors.items()}}
+        given = match.pattern.sample(match, name, shapes, generator)
+        if scale != SCALES[0] and meta.dtype.is_floating_point:
+            given = None  # whatever a pattern likes to be tried on, once it is tried on plain numbers
+        samples[node] = _sample(given, meta, _cut(meta, sizes), scale, generator)
+    return samples, generators
 
 
 def _coarsest_floor(site: Site) -> float:
@@ -309,10 +321,10 @@ def _laid_out(given: torch.Tensor, meta: TensorMeta) -> torch.Tensor:
     return storage.as_strided(given.shape, strides).copy_(given)
 
 
-class _autocast:
+class exactly_autocast:
     """Exactly these (device type, dtype) autocasts, for every device type involved."""
 
-    def __init__(self, enabled: tuple, samples: dict):
+    def __init__(self, enabled: tuple, samples: Mapping[Any, torch.Tensor]):
         kinds = {s.device.type for s in samples.values()} | {"cpu"}
         dtypes = dict(enabled)
         self._contexts = [torch.autocast(k, dtype=dtypes.get(k), enabled=k in dtypes) for k in sorted(kinds)]

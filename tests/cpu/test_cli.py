@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rewriter import cli, library, render
+from rewriter.decisions import DECISIONS
 from rewriter.pattern import Pattern, Reference
 from rewriter.report import RegionReport, RewriteReport
 
@@ -54,6 +55,14 @@ def test_env_names_versions(capsys):
     rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert rows["torch"] == torch.__version__
     assert {"python", "rewriter", "device"} <= set(rows)
+
+
+def test_decisions_lists_the_table(installed, capsys):
+    assert cli.main(["decisions"]) == 0
+    head, *rows, rest = capsys.readouterr().out.splitlines()
+    assert head.split() == ["pattern", "executor", "device", "apply", "from", "figures"]
+    assert len(rows) == len(DECISIONS) and any("linear_4bit (a library's)  any" in row for row in rows)
+    assert "not measured by itself" in rest
 
 
 def test_patterns_lists_built_in_ones(installed, capsys):

@@ -14,7 +14,7 @@ from training.models import batch, build, with_lora
 from training.quantised import exact, in_4_bits, in_8_bits
 
 import rewriter
-from rewriter.patterns import linear_4bit
+from rewriter import decisions
 
 STEPS = [batch((2, 16)), batch((3, 24), 1)]
 EXCLUDED = [[], ["lora"]]
@@ -23,7 +23,7 @@ EXCLUDED = [[], ["lora"]]
 @pytest.fixture
 def everywhere(monkeypatch):
     """Weights in 4 bits are unpacked by ours on a CPU too, which otherwise leaves them to bitsandbytes."""
-    monkeypatch.setattr(linear_4bit, "DEVICES", {"cpu"})
+    monkeypatch.setattr(decisions, "DECISIONS", ())
 
 
 def base(kind="Qwen2", **changes):

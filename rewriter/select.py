@@ -25,7 +25,7 @@ from rewriter.timing import Cost, Timing, Unmeasured, time_site
 MODES = ("shipped", "measure", "all")
 # Milliseconds that a GiB is worth which need not wait for backward: what an H100 takes to read it once (3.0 TB/s). So
 # memory decides between rewrites that are nearly as fast, and costs a step no more than this. Where memory is what
-# a run lacks, about 6 is fair: what checkpointing pays (8B LoRA: a third of 285 ms for about 16 GiB).
+# a run lacks, about 6 is fair: an estimate of what checkpointing pays (8B LoRA: a third of 285 ms for about 16 GiB).
 MEMORY_RATE = 0.35
 NOISE, MOST_NOISE = 0.03, 0.1  # of the original's time: less is no difference, more is one, however they scatter
 HOST_NOISE, HOST_NOISE_MS = 0.25, 0.02  # the same for launches, which vary more

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -54,7 +55,9 @@ def _text(tree: Any, names: dict[fx.Node, str]) -> str:
 def _outside(node: fx.Node) -> str:
     """A node that is neither input nor part of a site: a size, or the body of an autograd.Function."""
     if isinstance(example(node), torch.SymInt):
-        return f"size {hint(example(node))}"
+        with contextlib.suppress(ValueError):  # it depends on data
+            return f"size {hint(example(node))}"
+        return node.name
     body = getattr(node.graph.owning_module, node.target, None) if node.op == "get_attr" else None
     return str(_whole(body)) if isinstance(body, fx.GraphModule) else node.name
 

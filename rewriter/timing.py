@@ -30,6 +30,7 @@ from rewriter.verify import MAX_TOKENS, cuts, draw, exactly_autocast
 SECONDS = 0.5  # of repetitions in one measurement, as far as they are not too few then
 FEWEST, MOST = 5, 100  # repetitions of each side
 LONGEST_CALL = 1.0  # seconds: where one call of the original takes longer, tokens are cut
+LONGEST = 120  # seconds that any part of a measurement may take: after that, training goes on without it
 COPIES = 3  # times what the tensors of a site take: their gradients, and what is made on the way
 SHARE = 0.5  # of free memory that a measurement may take
 CPU_BYTES = 4 << 30  # that it may take at most on a CPU, where size is time
@@ -106,9 +107,11 @@ def _apart(function: Callable, *arguments: Any) -> Any:
         except Exception as error:
             box.append(error.with_traceback(None))  # whose frames hold the tensors of what may have run out of memory
 
-    thread = threading.Thread(target=work, name="rewriter-timing")
+    thread = threading.Thread(target=work, name="rewriter-timing", daemon=True)
     thread.start()
-    thread.join()
+    thread.join(LONGEST)
+    if not box:
+        raise Unmeasured(f"it took more than {LONGEST} seconds")
     if isinstance(box[0], Exception):
         raise box[0]
     return box[0]

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 import rewriter
-from rewriter import cache, decisions, fingerprint, library, render, select
+from rewriter import cache, decisions, fingerprint, library, render, select, timing
 from rewriter.decisions import decision
 from rewriter.load import report_from_dict
 from rewriter.report import Measured, NearMiss, RegionReport, Rewrite, RewriteReport
@@ -58,7 +59,7 @@ def test_the_table_names_patterns_and_files_that_exist():
 
 
 def test_what_was_not_measured_is_rewritten():
-    row = decision("rms_norm", "eager", CPU)
+    row = decision("rms_norm", "inductor", CPU)
     assert row.apply and "not measured" in row.figures and not row.source
 
 
@@ -129,6 +130,14 @@ def test_bytes_kept_are_distinct_storages_without_the_inputs():
     assert bytes_kept(lambda: [x * w], [w]) == x.nbytes
     assert bytes_kept(lambda: [(x.exp() * w).sin()], [x, w]) == 2 * x.nbytes  # exp's result is kept twice, once in all
     assert bytes_kept(lambda: [Hidden.apply(x).relu()], [x]) == x.nbytes + 400 + x.nbytes
+
+
+def test_a_measurement_that_hangs_is_given_up(monkeypatch):
+    monkeypatch.setattr(timing, "LONGEST", 0.01)
+    go_on = threading.Event()
+    with pytest.raises(timing.Unmeasured, match="more than"):
+        timing._apart(go_on.wait)
+    go_on.set()
 
 
 # ---- on disk

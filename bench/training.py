@@ -1,7 +1,8 @@
 """Training steps, ours against eager and peers: one process for each configuration, random weights, one fixed batch.
 
     python bench/training.py --work qwen2-1.5b-lora,llama-1b-full --profile
-    python bench/training.py --work tiny-lora,tiny-full --modes eager,rewriter-eager      # a smoke run on a CPU
+    python bench/training.py --work llama-8b-qlora --checkpointing --modes eager,unsloth,rewriter-inductor --profile
+    python bench/training.py --work tiny-lora,tiny-full --modes eager,compile,rewriter-eager    # a smoke run on a CPU
 
 bench/README.md says what is measured, and when a run is void.
 """
@@ -24,7 +25,11 @@ from pathlib import Path
 import works
 
 FOLDER = Path(__file__).parent
-MODES = ("eager", "compile-blocks", "liger", "liger-compile", "rewriter-eager", "rewriter-inductor")
+MODES = (
+    "eager", "compile", "compile-blocks", "compile-blocks-liger", "liger", "liger-compile", "unsloth",
+    "rewriter-eager", "rewriter-inductor",
+)  # fmt: skip
+FLOOR_KEYS = ("work", "checkpointing", "device")
 LOSS_TOLERANCE = 2e-2  # relative to eager's loss after the same steps
 
 
@@ -36,23 +41,57 @@ def run(task: dict, limit: float, keep_caches: bool) -> dict:
         if not keep_caches:  # compile times are those of a first start
             for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
                 environment[name] = str(Path(folder) / name.lower())
-        command = [sys.executable, str(FOLDER / "training_worker.py"), json.dumps(task), str(out)]
-        with log.open("wb") as stream:
-            child = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment, start_new_session=True)
-            try:
-                child.wait(limit)
-                why = f"ended with code {child.returncode}"
-            except subprocess.TimeoutExpired:
-                why = f"not done after {limit:g} s"
-            finally:
-                kill_group(child)
+        why = alone("training_worker.py", task, out, log, limit, environment)
         if out.exists():
             result = json.loads(out.read_text(encoding="utf-8"))
         else:
             result = {**task, "status": "failed", "why": why, "notes": {}}
         if result["status"] == "failed":
             result["log"] = log.read_text(errors="replace")[-4000:]
+    result["variant"] = variant(result)
     return result
+
+
+def alone(script: str, task: dict, out: Path, log: Path, limit: float, environment: dict) -> str:
+    """Run a script of this folder for at most `limit` seconds. Returns how it ended."""
+    command = [sys.executable, str(FOLDER / script), json.dumps(task), str(out)]
+    with log.open("wb") as stream:
+        child = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment, start_new_session=True)
+        try:
+            child.wait(limit)
+            return f"ended with code {child.returncode}"
+        except subprocess.TimeoutExpired:
+            return f"not done after {limit:g} s"
+        finally:
+            kill_group(child)
+
+
+def variant(result: dict) -> str:
+    """What tells a run from others of its mode: the peer's version, what ours leaves out."""
+    parts = [f"without {', '.join(result['exclude'])}"] if result.get("exclude") else []
+    if result.get("select"):
+        parts.append(f"select {result['select']}")
+    if result["mode"] == "unsloth" and "unsloth" in result["notes"]:
+        parts.append(result["notes"]["unsloth"])
+    return ", ".join(parts)
+
+
+def measure_floors(task: dict, limit: float) -> list[dict]:
+    """The floor of each work (floor.py), measured in a process of its own; empty where that failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, log = Path(folder) / "floors.json", Path(folder) / "log"
+        why = alone("floor.py", task, out, log, limit, dict(os.environ))
+        floors = json.loads(out.read_text(encoding="utf-8")) if out.exists() else []
+        if len(floors) < len(task["works"]) or any(f["floor_ms"] is None for f in floors):
+            print(f"floor: {why}\n{log.read_text(errors='replace')[-2500:]}", file=sys.stderr, flush=True)
+    return floors
+
+
+def put_floors(results: list[dict], floors: list[dict]) -> None:
+    """Set `floor_ms` of each run that a floor belongs to."""
+    known = {tuple(f[name] for name in FLOOR_KEYS): f["floor_ms"] for f in floors}
+    for result in results:
+        result["floor_ms"] = known.get(tuple(result[name] for name in FLOOR_KEYS))
 
 
 def kill_group(child: subprocess.Popen) -> None:
@@ -97,13 +136,15 @@ def reason_to_void(result: dict, base: dict | None) -> str:
 
 COLUMNS = (
     ("work", "work", "{}"),
-    ("mode", "mode", "{}"),
+    ("mode", "name", "{}"),
     ("ms/step", "median_ms", "{:.1f}"),
+    ("floor ms", "floor_ms", "{:.1f}"),
     ("tokens/s", "tokens_per_s", "{:.0f}"),
     ("peak GiB", "peak_gib", "{:.2f}"),
     ("first step s", "first_step_s", "{:.1f}"),
     ("GPU busy ms", "gpu_busy_ms", "{:.1f}"),
     ("kernels", "kernels", "{:.0f}"),
+    ("host ms", "host_ms", "{:.1f}"),
     ("loss", "loss", "{:.4f}"),
     ("grad norm", "grad_norm", "{:.4f}"),
     ("x eager", "speedup", "{:.2f}"),
@@ -116,7 +157,8 @@ def table(results: list[dict]) -> str:
     """Aligned text, one line a configuration; `-` where nothing was measured."""
     rows = [[title for title, _, _ in COLUMNS]]
     for result in results:
-        flat = {**result, **result.get("kernel_profile", {})}
+        name = f"{result['mode']} {result.get('variant', '')}".strip()
+        flat = {**result, **result.get("kernel_profile", {}), "name": name}
         cells = [form.format(v) if (v := flat.get(key)) is not None else "-" for _, key, form in COLUMNS]
         rows.append([*cells[:-1], cells[-1].replace("\n", " ")[:80]])
     widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
@@ -134,9 +176,10 @@ def default_path(results: list[dict]) -> Path:
     return FOLDER / "results" / f"training-{slug}-{datetime.date.today()}.json"
 
 
-def save(path: Path, results: list[dict]) -> None:
+def save(path: Path, results: list[dict], floors: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"benchmark": "training", "runs": results}, indent=1) + "\n", encoding="utf-8")
+    everything = {"benchmark": "training", "runs": results, "floors": floors}
+    path.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
 
 
 def arguments() -> argparse.Namespace:
@@ -148,6 +191,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing of the blocks")
     parser.add_argument("--profile", action="store_true", help="two further steps under the profiler")
+    parser.add_argument("--exclude", default="", help="comma-separated patterns that the rewriter modes leave out")
+    parser.add_argument("--select", default="", help="passed to rewriter.optimize by the rewriter modes")
+    parser.add_argument("--no-floor", action="store_true", help="don't measure the ceilings and the floor")
     parser.add_argument("--device", help="cuda or cpu; default: cuda where there is one")
     parser.add_argument("--limit", type=float, default=240, help="seconds for one configuration")
     parser.add_argument("--keep-caches", action="store_true", help="let compilers use what earlier runs left on disk")
@@ -155,6 +201,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="JSON file; default: bench/results/training-<device>-<date>.json")
     args = parser.parse_args()
     args.work, args.modes = args.work.split(","), args.modes.split(",")
+    args.exclude = [name for name in args.exclude.split(",") if name]
     try:
         for work in args.work:
             works.parse(work)
@@ -177,16 +224,27 @@ def main() -> int:
     args = arguments()
     shared = {name: getattr(args, name) for name in ("steps", "warmup", "seed", "checkpointing", "profile")}
     shared["device"] = args.device or default_device()
+    ours = {"exclude": args.exclude, "select": args.select}
     results: list[dict] = []
+    floors: list[dict] = []
     if args.append and args.out.exists():
-        results = json.loads(args.out.read_text(encoding="utf-8"))["runs"]
+        earlier = json.loads(args.out.read_text(encoding="utf-8"))
+        results, floors = earlier["runs"], earlier.get("floors", [])
+    if not args.no_floor:
+        print("floor ...", file=sys.stderr, flush=True)
+        task = {"works": args.work, "checkpointing": args.checkpointing, "device": shared["device"]}
+        floors = [*floors, *measure_floors(task, args.limit)]  # the later one of two counts
     for work in args.work:
         for mode in args.modes:
             print(f"{work} {mode} ...", file=sys.stderr, flush=True)
-            results.append(run({"work": work, "mode": mode, **shared}, args.limit, args.keep_caches))
+            task = {"work": work, "mode": mode, **shared, **(ours if mode.startswith("rewriter") else {})}
+            results.append(run(task, args.limit, args.keep_caches))
+            if "log" in results[-1]:
+                print(results[-1]["log"][-2500:], file=sys.stderr, flush=True)
             judge(results)
+            put_floors(results, floors)
             path = args.out or default_path(results)
-            save(path, results)  # after each one: what was measured stays, whatever happens to the rest
+            save(path, results, floors)  # after each one: what was measured stays, whatever happens to the rest
     print(f"{path}\n{table(results)}")
     return int(any(r["status"] in ("failed", "void") for r in results))
 

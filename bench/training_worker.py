@@ -11,8 +11,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -22,10 +21,11 @@ from torch import nn
 sys.path.append(str(Path(__file__).parents[1]))  # an installed rewriter comes first
 
 import works
+from kernel_profile import ON_GPU, our_kernels, summary
 
 LEARNING_RATE = 1e-4
 GIB = 2**30
-PROFILED_STEPS, TOP_KERNELS = 2, 15
+PROFILED_STEPS, HOST_STEPS = 2, 5
 
 
 class NotInstalled(Exception):
@@ -35,19 +35,27 @@ class NotInstalled(Exception):
 # ---- modes ---------------------------------------------------------------------------------------------------------
 
 
-def patch_with_liger(work: str) -> str:
-    """Liger's kernels for the work's model type, its fused head and loss included; to be called before building."""
+def installed(name: str) -> str:
+    """The version of a package; NotInstalled where it isn't there."""
     try:
-        number = version("liger-kernel")
-        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
-    except (PackageNotFoundError, ImportError) as error:
-        raise NotInstalled("liger-kernel") from error
-    MODEL_TYPE_TO_APPLY_LIGER_FN[works.configuration(works.parse(work)[0]).model_type](fused_linear_cross_entropy=True)
+        return version(name)
+    except PackageNotFoundError as error:
+        raise NotInstalled(name) from error
+
+
+def patch_with_liger(work: str, only_loss: bool) -> str:
+    """Liger's kernels for the work's model type, or its fused head and loss alone; to be called before building."""
+    number = installed("liger-kernel")
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    others = dict.fromkeys(("rope", "rms_norm", "swiglu", "cross_entropy"), False) if only_loss else {}
+    apply = MODEL_TYPE_TO_APPLY_LIGER_FN[works.configuration(works.parse(work)[0]).model_type]
+    apply(fused_linear_cross_entropy=True, **others)
     return number
 
 
-def compile_blocks(model: nn.Module, notes: dict) -> None:
-    """torch.compile for each decoder block; one backend object, so that they share graphs."""
+def counting_backend(notes: dict) -> Callable:
+    """Inductor, which notes how many graphs it was given."""
     from torch._inductor.compile_fx import compile_fx
 
     # By default the ninth graph for one piece of code runs eagerly without a word.
@@ -58,22 +66,38 @@ def compile_blocks(model: nn.Module, notes: dict) -> None:
         notes["graphs"] += 1
         return compile_fx(gm, example_inputs)
 
+    return backend
+
+
+def compile_blocks(model: nn.Module, notes: dict) -> None:
+    """torch.compile for each decoder block; one backend object, so that they share graphs."""
+    backend = counting_backend(notes)
     for block in works.blocks(model):
         block.forward = torch.compile(block.forward, backend=backend)
 
 
-def build(task: dict, notes: dict) -> nn.Module:
+def build(task: dict, notes: dict, folder: Path) -> nn.Module:
     """The model of one configuration, made ready in the configuration's mode."""
     mode = task["mode"]
-    if mode.startswith("liger"):
-        notes["liger-kernel"] = patch_with_liger(task["work"])
+    if works.parse(task["work"])[1] == "qlora":
+        notes["bitsandbytes"] = installed("bitsandbytes")
+    if mode == "unsloth":
+        import unsloth_mode
+
+        notes["unsloth"] = installed("unsloth")
+        return unsloth_mode.build(task, notes, folder)
+    if "liger" in mode:
+        notes["liger-kernel"] = patch_with_liger(task["work"], only_loss=mode == "compile-blocks-liger")
     model = works.build(task["work"], task["device"], task["seed"], task["checkpointing"])
-    if mode in ("compile-blocks", "liger-compile"):
+    if mode == "compile":
+        model.compile(backend=counting_backend(notes))
+    if mode in ("compile-blocks", "compile-blocks-liger", "liger-compile"):
         compile_blocks(model, notes)
     if mode.startswith("rewriter"):
         import rewriter
 
-        model = rewriter.optimize(model, executor=mode.removeprefix("rewriter-"))
+        options = {name: task[name] for name in ("exclude", "select") if task.get(name)}
+        model = rewriter.optimize(model, executor=mode.removeprefix("rewriter-"), **options)
     return model
 
 
@@ -90,10 +114,10 @@ def peak(device: str) -> float | None:
     return torch.cuda.max_memory_allocated() / GIB if device == "cuda" else None
 
 
-def measure(task: dict, result: dict) -> None:
-    """Fill `result`: losses, times in milliseconds, memory in GiB."""
+def measure(task: dict, result: dict, folder: Path) -> None:
+    """Fill `result`: losses, times in milliseconds, memory in GiB. `folder` is for what a mode must write."""
     device, notes = task["device"], result["notes"]
-    model = build(task, notes)
+    model = build(task, notes, folder)
     batch = works.batch(task["work"], device, task["seed"])
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True)
@@ -123,9 +147,11 @@ def measure(task: dict, result: dict) -> None:
     result["losses"] = [loss.item() for loss in result["losses"]]
     result["loss"] = result["losses"][-1]
     result["grad_norm"], result["parameters_with_gradient"] = gradient_norm(parameters)
+    if device == "cuda":
+        result["host_ms"] = statistics.median(1e3 * issued(step) for _ in range(HOST_STEPS))
     if task["profile"]:
-        result["kernel_profile"] = profile(step, device)
-        del result["losses"][1 + task["warmup"] + task["steps"] :]
+        result["kernel_profile"] = profile(step, device, our_kernels() if task["mode"].startswith("rewriter") else ())
+    del result["losses"][1 + task["warmup"] + task["steps"] :]
     if task["mode"].startswith("rewriter"):
         result["report"] = report_of(model)
 
@@ -138,6 +164,16 @@ def timed(step: Callable[[], None], device: str) -> float:
     return time.perf_counter() - start
 
 
+def issued(step: Callable[[], None]) -> float:
+    """Seconds from an idle GPU until the host has issued a whole step, without waiting for the GPU to finish it."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    spent = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return spent
+
+
 def gradient_norm(parameters: list[nn.Parameter]) -> tuple[float, int]:
     """The norm over all gradients, and how many parameters have one that isn't zero."""
     norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in parameters if p.grad is not None]
@@ -147,8 +183,8 @@ def gradient_norm(parameters: list[nn.Parameter]) -> tuple[float, int]:
     return torch.linalg.vector_norm(stacked).item(), int((stacked != 0).sum())
 
 
-def profile(step: Callable[[], None], device: str) -> dict:
-    """Busy time of the GPU, number of kernels and the most expensive ones, for one step."""
+def profile(step: Callable[[], None], device: str, ours: Collection[str]) -> dict:
+    """Busy time of the GPU, number of kernels, time by kind and the most expensive ones, for one step."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -161,25 +197,7 @@ def profile(step: Callable[[], None], device: str) -> dict:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
-    return summary([e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")])
-
-
-def summary(events: list[dict]) -> dict:
-    """Of the events of a trace (microseconds) that ran on the GPU: their union, count, and totals by name, a step."""
-    total, calls = defaultdict(float), defaultdict(int)
-    busy, until = 0.0, 0.0
-    for event in sorted(events, key=lambda e: e["ts"]):
-        start, end = event["ts"], event["ts"] + event["dur"]
-        busy += max(0.0, end - max(start, until))
-        until = max(until, end)
-        total[event["name"]] += event["dur"]
-        calls[event["name"]] += 1
-    top = sorted(total, key=total.__getitem__, reverse=True)[:TOP_KERNELS]
-    return {
-        "gpu_busy_ms": busy / 1e3 / PROFILED_STEPS,
-        "kernels": len(events) / PROFILED_STEPS,
-        "top": [{"name": n, "ms": total[n] / 1e3 / PROFILED_STEPS, "calls": calls[n] / PROFILED_STEPS} for n in top],
-    }
+    return summary([e for e in events if e.get("cat") in ON_GPU], PROFILED_STEPS, frozenset(ours))
 
 
 def report_of(model: nn.Module) -> dict:
@@ -195,13 +213,13 @@ def report_of(model: nn.Module) -> dict:
 
 
 def main() -> None:
-    task, out = json.loads(sys.argv[1]), Path(sys.argv[2])
+    task, out = json.loads(sys.argv[1]), Path(sys.argv[2]).resolve()
     result: dict = {**task, "status": "ok", "why": "", "notes": {}}
     try:
         from rewriter.environment import environment
 
         result["environment"] = environment()
-        measure(task, result)
+        measure(task, result, out.parent)
     except NotInstalled as error:
         result.update(status="not installed", why=str(error))
     except Exception as error:  # the parent puts it into the table

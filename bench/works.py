@@ -1,7 +1,8 @@
 """The training works that are measured: a model's shape, what is trained, and the batch. Weights are random.
 
 A work's name is `<model>-<method>`: qwen2-1.5b-lora, llama-1b-full ... Methods: `lora` (PEFT, rank 16 on all linear
-layers of the blocks, adapters in the weights' dtype), `full` (every weight trains).
+layers of the blocks, adapters in the weights' dtype), `qlora` (the same on a base of 4 bits: the random weights as NF4
+by bitsandbytes, scales quantised once more), `full` (every weight trains).
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-METHODS = ("lora", "full")
+METHODS = ("lora", "qlora", "full")
+RANK, ALPHA = 16, 32
 
 
 @dataclass(frozen=True)
@@ -56,27 +58,59 @@ def configuration(shape: Shape):
     return getattr(transformers, shape.config)(**shape.sizes)
 
 
-def build(name: str, device: str, seed: int, checkpointing: bool) -> nn.Module:
-    """The model, initialised on the device and ready to train."""
+def base(name: str, device: str, seed: int) -> nn.Module:
+    """The model without what the method adds, initialised on the device: the same seed gives the same weights."""
     from transformers import AutoModelForCausalLM
 
-    shape, method = parse(name)
+    shape, _ = parse(name)
     torch.manual_seed(seed)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(configuration(shape), dtype=shape.dtype, attn_implementation="sdpa")
+        return AutoModelForCausalLM.from_config(configuration(shape), dtype=shape.dtype, attn_implementation="sdpa")
+
+
+def build(name: str, device: str, seed: int, checkpointing: bool) -> nn.Module:
+    """The model, initialised on the device and ready to train."""
+    _, method = parse(name)
+    model = base(name, device, seed)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if method == "lora":
+    if method == "qlora":
+        _quantise(model, device)
+    if method != "full":
         model = _with_lora(model, seed)
     return model.to(device).train()
+
+
+def _quantise(model: nn.Module, device: str) -> None:
+    """Every linear layer of the blocks in NF4, computing in the dtype that its weight had; the head stays as it is."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for block in blocks(model):
+        for parent in list(block.modules()):
+            for key, layer in list(parent.named_children()):
+                if type(layer) is not nn.Linear:
+                    continue
+                weight, sizes = layer.weight.data, (layer.in_features, layer.out_features)
+                new = Linear4bit(*sizes, bias=layer.bias is not None, compute_dtype=weight.dtype, device="meta")
+                new.bias = layer.bias
+                new.weight = Params4bit(
+                    weight, requires_grad=False, quant_type="nf4", compress_statistics=True, module=new
+                )
+                setattr(parent, key, new.to(device))  # packs the weight
+    model.is_loaded_in_4bit = True  # what PEFT asks for before it looks at the layers
 
 
 def _with_lora(model: nn.Module, seed: int) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
-    options = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
-    return get_peft_model(model, options, autocast_adapter_dtype=False)
+    options = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    model = get_peft_model(model, options, autocast_adapter_dtype=False)
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # float32 beside weights in 4 bits
+            parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def batch(name: str, device: str, seed: int) -> dict[str, torch.Tensor]:

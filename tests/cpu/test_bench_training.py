@@ -22,7 +22,8 @@ def training(monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     yield module
-    sys.modules.pop("works", None)
+    for name in ("works", "kernel_profile", "floor"):
+        sys.modules.pop(name, None)
 
 
 def task(**changes):
@@ -98,17 +99,64 @@ def test_a_configuration_that_takes_too_long_is_killed(training):
 
 
 def test_a_profile_counts_overlap_once(training):
-    summary = importlib.import_module("training_worker").summary
-    sys.modules.pop("training_worker")
+    profile = importlib.import_module("kernel_profile")
     events = [
-        {"name": "matmul", "ts": 0.0, "dur": 4000.0},
-        {"name": "copy", "ts": 2000.0, "dur": 4000.0},
-        {"name": "matmul", "ts": 10000.0, "dur": 2000.0},
+        {"name": "nvjet_sm90_tst_256x128", "ts": 0.0, "dur": 4000.0},
+        {"name": "Memcpy DtoD (Device -> Device)", "ts": 2000.0, "dur": 4000.0},
+        {"name": "nvjet_sm90_tst_256x128", "ts": 10000.0, "dur": 2000.0},
+        {"name": "_rotary_kernel", "ts": 12000.0, "dur": 1000.0},
     ]
-    got = summary(events)
-    assert got["gpu_busy_ms"] == 4.0  # 6 ms and 2 ms, in two steps
-    assert got["kernels"] == 1.5
-    assert got["top"][0] == {"name": "matmul", "ms": 3.0, "calls": 1.0}
+    got = profile.summary(events, 2, profile.our_kernels())
+    assert got["gpu_busy_ms"] == 4.5  # 6 ms and 3 ms, in two steps
+    assert got["kernels"] == 2.0
+    assert got["top"][0] == {"name": "nvjet_sm90_tst_256x128", "kind": "matmul", "ms": 3.0, "calls": 1.0}
+    kinds = {kind: ms for kind, ms in got["ms_by_kind"].items() if ms}
+    assert kinds == {"matmul": 3.0, "copy": 2.0, "ours": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7", "attention"),
+        ("triton_poi_fused_add_mul_silu_1", "triton"),
+        ("liger_cross_entropy_kernel", "triton"),
+        ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<x>", "optimizer"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::F>", "elementwise"),
+    ],
+)
+def test_kernels_are_told_by_their_names(training, name, kind):
+    assert importlib.import_module("kernel_profile").kind(name) == kind
+
+
+@pytest.fixture
+def floor(training):
+    return importlib.import_module("floor")
+
+
+def test_the_floor_counts_what_a_step_needs(floor):
+    """Products of the smallest work by hand: width 64, 4 heads (2 for keys), 128 inside, 512 classes, 2 blocks."""
+    weights = 64 * (64 + 32 + 32) + 64 * 64 + 64 * 256 + 128 * 64
+    block, head = 2 * 64 * weights, 2 * 64 * 64 * 512
+    once = {p.name: p.flops for p in floor.products("tiny-full", False) if p.direction == "forward"}
+    assert sum(once.values()) == 2 * block + head and once["head"] == head
+    assert sum(p.flops for p in floor.products("tiny-full", False)) == 3 * (2 * block + head)
+    frozen = sum(p.flops for p in floor.products("tiny-lora", False))
+    assert frozen == 2 * (2 * block + head) - 2 * 64 * 64 * 128  # nobody asks for the first block's dX of q, k and v
+    again = sum(p.flops for p in floor.products("tiny-lora", True)) - frozen
+    assert again == 2 * block - 2 * 2 * 64 * 128 * 64  # the blocks' forward once more, without their last layer
+    attention = floor.attention("tiny-full", False)
+    assert attention.flops == 2 * 2 * 4 * 32 * 32 * 16 * (1 + 2.5) * 2
+
+
+def test_the_floor_is_measured(training, tmp_path):
+    out = tmp_path / "floors.json"
+    task = {"works": ["tiny-lora", "tiny-full"], "checkpointing": False, "device": "cpu"}
+    why = training.alone("floor.py", task, out, tmp_path / "log", 120, dict(os.environ))
+    assert why == "ended with code 0"
+    for found in json.loads(out.read_text()):
+        parts = found["matmul_ms"], found["attention_ms"], found["optimizer_ms"]
+        assert found["floor_ms"] == pytest.approx(sum(parts)) and min(parts[:2]) > 0
+        assert (found["optimizer_ms"] > 0) == (found["work"] == "tiny-full")
 
 
 @pytest.mark.parametrize("bad", [["--work", "gpt-17-full"], ["--modes", "magic"], ["--append"]])

@@ -26,6 +26,7 @@ from rewriter.kernels import (
     rms_norm_triton,
     rotary,
 )
+from rewriter.kernels.common import MADE_AGAIN
 
 FAMILIES = (attention, cross_entropy, dequantize_4bit, glu, layer_norm, linear_cross_entropy, rms_norm, rotary)
 
@@ -226,6 +227,18 @@ def check_compiled(case, dtype, target, launches, folder):
         _, used = compiled(launch, target, folder)
         assert used["shared_bytes"] <= SHARED_MEMORY[target] << 10, launch.kernel.__name__
         assert used["spilled"] == 0, launch.kernel.__name__
+
+
+@pytest.mark.parametrize("case", ["rms_norm 1536", "rms_norm 8192", "glu silu"])
+def test_what_backward_makes_again_spills_nothing(case, launches, tmp_path):
+    """The kernels as a graph's pass asks for them."""
+    CASES[case](torch.bfloat16)
+    again = {entry.backward: entry.result for entry in MADE_AGAIN.values()}
+    (launch,) = (launch for launch in launches if launch.kernel in again)
+    at = launch.kernel.arg_names.index(again[launch.kernel])
+    arguments = (*launch.arguments[:at], torch.empty(16, dtype=torch.bfloat16), *launch.arguments[at + 1 :])
+    _, used = compiled(launch._replace(arguments=arguments), 90, tmp_path)
+    assert used["spilled"] == 0
 
 
 @pytest.mark.parametrize("nested", [False, True])

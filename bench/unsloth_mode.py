@@ -60,6 +60,10 @@ def build(task: dict, notes: dict, folder: Path) -> nn.Module:
             use_gradient_checkpointing=checkpointing,
             random_state=task["seed"],
         )
+        # Unsloth makes float32 adapters; those of all other modes have the weights' dtype.
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(shape.dtype)
     FastLanguageModel.for_training(model, use_gradient_checkpointing=checkpointing)
     return model
 

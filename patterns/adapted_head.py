@@ -43,9 +43,8 @@ def why_not(head: Match) -> str | None:
 
 
 def library(head: Match) -> str | None:
-    """What stays on devices where weights in 4 bits are not unpacked by ours."""
-    kept = "packed" in head.tensors and head.root.meta.device.type not in four_bits.DEVICES
-    return "its library's operator" if kept else None
+    """The library's operator that the model calls for a head in 4 bits."""
+    return four_bits.CALL if "packed" in head.tensors else None
 
 
 @dataclass(frozen=True)

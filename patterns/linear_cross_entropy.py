@@ -82,7 +82,7 @@ class LinearCrossEntropy(Pattern):
     rows = "x"
     within = {"logits": adapted_head.HEADS}
 
-    def already(self, match: Match) -> str | None:
+    def library(self, match: Match) -> str | None:
         return adapted_head.library(match.inner["logits"]) if match.inner else None
 
     def rounds_once(self, match: Match) -> bool:

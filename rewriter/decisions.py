@@ -64,6 +64,7 @@ DECISIONS = (
     Decision("layer_norm", "inductor", "cpu", False, "not measured: as under eager", library=True),
     Decision("linear_4bit", "eager", "cpu", False, "79.8 ms for 58.5", _CPU, library=True),
     Decision("linear_4bit", "inductor", "cpu", False, "not measured: as under eager", library=True),
+    Decision("linear_cross_entropy", ANY, "cpu", False, "not measured: as linear_4bit", library=True),
     Decision("lora", "eager", "cpu", False, "67.4 ms for 51.2", _CPU, library=True),
     Decision("lora", "inductor", "cpu", False, "not measured: as under eager", library=True),
     Decision("lora", "eager", "cpu", True, "40.1 ms for 50.7", _CPU),

@@ -24,6 +24,7 @@ from rewriter.shadow import Value, build_shadow
 from rewriter.site_key import key_of
 from rewriter.verify import Verification, verify
 
+ADAPTERS = "lora"  # on a head, they go where its logits go
 TAIL = "linear_cross_entropy"  # what a tail that somebody else has fused counts as
 
 
@@ -134,8 +135,7 @@ def rewrite(
         result.refused.append(Refusal(site.pattern, "REWRITER_FUEL is used up", site.outputs[0]))
     if lazy and leaves is not None and any(p.name == "linear_cross_entropy" for p in patterns):
         for found in find_logits(gm.graph, leaves):
-            # an adapter on the head goes with it
-            left = [applied for applied in kept if not set(applied.site.outputs) <= set(found.nodes)]
+            left = [a for a in kept if a.site.pattern != ADAPTERS or not set(a.site.outputs) <= set(found.nodes)]
             covered = {node for site, *_ in left for node in site.covered}
             taken = covered - {node for site, *_ in left for node in site.outputs}
             if not taken & {*found.nodes, found.promise.inputs[0]} and fuel.take():

@@ -14,8 +14,8 @@ from training.models import batches, build
 from training.test_lazy_rows import Watch
 
 import rewriter
+from rewriter import decisions
 from rewriter.lazy import LazyTensor
-from rewriter.patterns import linear_4bit
 
 HEAD = ["q_proj", "lm_head"]
 STEPS = batches()[:1]  # another length is no matter of heads
@@ -266,7 +266,7 @@ def test_head_in_four_bits(lora, real):
 @pytest.mark.parametrize("lora", [False, True])
 def test_head_in_four_bits_unpacked_by_ours(lora, nested, monkeypatch):
     """It is unpacked for the call alone; the logits, if somebody wants them, are the library's."""
-    monkeypatch.setattr(linear_4bit, "DEVICES", {"cpu"})
+    monkeypatch.setattr(decisions, "DECISIONS", ())
     model = in_four_bits(small(), bitsandbytes, nested)
     model = adapted(model, target_modules=HEAD) if lora else model
     model, eager, report = assert_trains_alike(model, STEPS)

@@ -33,9 +33,7 @@ from .cross_entropy import row_losses
 TILE = (128, 256, 64)  # of all three products; with 8 warps and 3 stages 0.94 to 1.0 of the library's speed (NOTES)
 LAUNCH = {"num_warps": 8, "num_stages": 3}
 MOST_PARTS = 96 << 20  # bytes of partial sums of dX
-MOST_IN_SUM = (
-    2048  # width up to which dW's old sum is added by the product itself (NOTES: 1.5 % faster; 1 % slower at 4096)
-)
+MOST_IN_SUM = 2048  # width up to which the product itself adds dW's old sum: faster there, slower at 4096 (NOTES)
 
 
 def suits(x, weight, dtype, label_smoothing, need_dbias):
@@ -402,7 +400,8 @@ def _weight_gradient_kernel(
     """d = e^T x, or with ADD d += e^T x; rows of x behind the last one are zeros. WIDE: written by quarters.
 
     IN_SUM: x's rows lie behind those of d, and an identity matrix in columns of e. With ADD a tile of d is then BM
-    further terms of its sum, loaded ahead like the others: loading it afterwards costs 1 of 6 ms (NOTES).
+    further terms of its sum, loaded ahead like the others: loading it afterwards costs 1 of 6 ms (NOTES). An infinite
+    number in it makes its column of the tile NaN, where a sum would stay infinite in one place.
     """
     count = _rows_here(COUNT, start, chunk)
     across = tl.cdiv(width, BN)

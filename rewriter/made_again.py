@@ -10,7 +10,9 @@ forward and backward. Values are the same in every bit, as both kernels compute 
 
 from __future__ import annotations
 
+import inspect
 import operator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -48,8 +50,12 @@ class MakeAgain(CustomGraphPass):
         make_again(graph)
 
     def uuid(self) -> Any:
-        first = None if self.first is None else self.first.uuid()
-        return get_hash_for_files((__file__, common.__file__)), first
+        """What cached graphs depend on; None, which is never cached, behind a pass that can't say that of itself."""
+        if self.first is not None and not isinstance(self.first, CustomGraphPass):
+            return None
+        kernels = [again.backward for again in MADE_AGAIN.values()]
+        files = {__file__, common.__file__, *(inspect.getfile(kernel.fn) for kernel in kernels)}
+        return get_hash_for_files(tuple(sorted(files))), self.first and self.first.uuid()
 
 
 def make_again(graph: fx.Graph) -> list[str]:
@@ -66,7 +72,7 @@ def make_again(graph: fx.Graph) -> list[str]:
         result = next((u for u in forward.users if u.target is operator.getitem and u.args[1] == again.result), None)
         users = _late_users(result, late) if result is not None else []
         backward = next((n for n in launches if n in late and _is_backward_of(n, forward, again)), None)
-        if not users or backward is None or _followers(users) & {backward, *_ancestors(backward)}:
+        if not users or backward is None or _followers(users) & _ancestors([backward]):
             continue
         with graph.inserting_before(backward):
             place = _empty_like(graph, result.meta["val"], backward)
@@ -84,8 +90,7 @@ def backward_nodes(graph: fx.Graph) -> set[fx.Node]:
     """What no result of forward needs."""
     given = _followers(n for n in graph.nodes if n.op == "placeholder" and "tangents" in str(n.target))
     output = graph.output_node()
-    results = [n for n in output.all_input_nodes if n not in given]
-    early = set(results).union(*(_ancestors(n) for n in results))
+    early = _ancestors(n for n in output.all_input_nodes if n not in given)
     return {n for n in graph.nodes if n not in early and n.op not in ("placeholder", "output")}
 
 
@@ -125,26 +130,24 @@ def _same(a: Any, b: Any) -> bool:
     return type(a) is type(b) and a == b
 
 
-def _followers(nodes: Any) -> set[fx.Node]:
+def _followers(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """The nodes and all that depends on them."""
+    return _reached(nodes, lambda node: node.users)
+
+
+def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes and all that they depend on."""
+    return _reached(nodes, lambda node: node.all_input_nodes)
+
+
+def _reached(nodes: Iterable[fx.Node], following: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
     found: set[fx.Node] = set()
     waiting = list(nodes)
     while waiting:
         node = waiting.pop()
         if node not in found:
             found.add(node)
-            waiting += node.users
-    return found
-
-
-def _ancestors(node: fx.Node) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    waiting = list(node.all_input_nodes)
-    while waiting:
-        node = waiting.pop()
-        if node not in found:
-            found.add(node)
-            waiting += node.all_input_nodes
+            waiting += following(node)
     return found
 
 

@@ -17,6 +17,7 @@ from torch._dynamo.source import ConstantSource  # noqa: E402
 from torch._functorch.aot_autograd import aot_export_joint_simple  # noqa: E402
 from torch._functorch.partitioners import min_cut_rematerialization_partition  # noqa: E402
 from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_functional as LAUNCH  # noqa: E402
+from torch._inductor.custom_graph_pass import CustomGraphPass  # noqa: E402
 from torch._inductor.fx_passes.post_grad import decompose_triton_kernel_wrapper_functional  # noqa: E402
 from torch._inductor.fx_passes.reinplace import reinplace_inplaceable_ops_core  # noqa: E402
 from torch._inductor.virtualized import V  # noqa: E402
@@ -232,6 +233,25 @@ def test_sizes_that_change_are_read_off_arguments(monkeypatch):
     assert len(environment.guards) == promised
     places = [n for n in gm.graph.nodes if n.target is torch.ops.aten.empty.memory_format]
     assert len(places) == expected and all(isinstance(n.args[0][0], fx.Node) for n in places)
+
+
+def test_cached_graphs_depend_on_the_kernels_and_on_the_users_own_pass(monkeypatch):
+    class Own(CustomGraphPass):
+        def __call__(self, graph):
+            pass
+
+        def uuid(self):
+            return "own"
+
+    def with_first(first):
+        monkeypatch.setattr(made_again.config, "joint_custom_pre_pass", first)
+        return made_again.MakeAgain().uuid()
+
+    alone = with_first(None)
+    assert alone == with_first(None) and alone != with_first(Own())
+    assert with_first(lambda graph: None) is None, "a plain function can't say what it is"
+    monkeypatch.setattr(made_again, "MADE_AGAIN", {})
+    assert with_first(None) != alone
 
 
 def test_others_decisions_on_what_is_kept_stay(monkeypatch):

@@ -102,11 +102,13 @@ class MadeAgain:
     That parameter is None otherwise. A pass over AOTAutograd's graphs asks for it (rewriter/made_again.py) where
     something else in backward needs the result, which then need not be kept from forward on.
 
+    pattern:  the name under which a report counts it
     backward: the kernel
     result:   the parameter
     inputs:   parameters of the backward kernel that have to be what the forward kernel has or has written by that name
     """
 
+    pattern: str
     backward: object
     result: str
     inputs: tuple[str, ...]

@@ -113,7 +113,7 @@ def _backward_kernel(
         tl.store(Y + (row.to(tl.int64) * width)[:, None] + column, y, mask=mask)
 
 
-MADE_AGAIN[_forward_kernel] = MadeAgain(_backward_kernel, "Y", ("G", "U"))
+MADE_AGAIN[_forward_kernel] = MadeAgain("glu", _backward_kernel, "Y", ("G", "U"))
 
 
 @jit

@@ -34,7 +34,7 @@ def layer_norm(x, weight, bias, eps, *, offset=0.0, round_before_weight=False, o
     Transformer) is eps 0, scale 1 / k, outside e / k, where k = (D / (D - 1))**0.5 makes torch.std's unbiased root of
     the biased one. A row of equal numbers gets the gradient rstd * (g - mean(g)) there, as from torch.std; sqrt would
     give NaN.
-    Gradients: x in x.dtype, weight in weight.dtype, bias in bias.dtype. Saves x, weight and two numbers a row.
+    Gradients: x in x.dtype, weight in weight.dtype, bias in bias.dtype. Saves x, weight, bias and two numbers a row.
     Raises ValueError for a weight or bias of another shape and a negative outside.
     """
     _check(x, weight, bias, outside)
@@ -50,7 +50,7 @@ def add_layer_norm(
 
     x, residual: [..., D], one shape, any strides. s: [..., D] in promote(x.dtype, residual.dtype), rounded to it before
     the norm, in the layout of eager `x + residual`. The other arguments are those of `layer_norm` with x = s.
-    Gradients: one sum for x and residual, cast to the dtype of each. Saves s, weight and two numbers a row.
+    Gradients: one sum for x and residual, cast to the dtype of each. Saves s, weight, bias and two numbers a row.
     Raises ValueError for shapes that differ and what `layer_norm` raises it for.
     """
     if x.shape != residual.shape:
@@ -80,25 +80,20 @@ class _LayerNorm(torch.autograd.Function):
             y, s, mean, rstd = _add_forward_op(x, residual, weight, bias, *options)
             out = (y, s)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(s, weight, mean, rstd)
+        ctx.save_for_backward(s, weight, bias, mean, rstd)
         ctx.options = (offset, scale, outside, round_before_weight)
-        ctx.dtypes = [t if t is None else t.dtype for t in (x, residual, bias)]
+        ctx.dtypes = [t if t is None else t.dtype for t in (x, residual)]
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, ds=None):
-        s, weight, mean, rstd = ctx.saved_tensors
         *need, need_dw, need_db = ctx.needs_input_grad[:4]
-        *dtypes, bias_dtype = ctx.dtypes
         dw = db = None
         if dy is not None:
-            bias_dtype = bias_dtype if need_db else None
-            total, dw, db = _backward_op(
-                dy, ds, s, weight, mean, rstd, *ctx.options, any(need), need_dw, bias_dtype
-            )  # fmt: skip
+            total, dw, db = _backward_op(dy, ds, *ctx.saved_tensors, *ctx.options, any(need), need_dw, need_db)
             ds, dw, db = total if any(need) else None, dw if need_dw else None, db if need_db else None
-        dx, dr = (ds.to(dtype) if n and ds is not None else None for n, dtype in zip(need, dtypes, strict=True))
+        dx, dr = (ds.to(dtype) if n and ds is not None else None for n, dtype in zip(need, ctx.dtypes, strict=True))
         return dx, dr, dw, db, None, None, None, None, None, None
 
 
@@ -143,20 +138,22 @@ def _add_forward_fake(x, residual, weight, bias, eps, offset, scale, outside, ro
     return torch.empty_like(s, dtype=out_dtype), s, mean, rstd
 
 
-def _backward(dy, ds, x, weight, mean, rstd, offset, scale, outside, round_before_weight, need_dx, need_dw, bias_dtype):
-    options = (offset, scale, outside, round_before_weight, need_dx, need_dw, bias_dtype)
+def _backward(
+    dy, ds, x, weight, bias, mean, rstd, offset, scale, outside, round_before_weight, need_dx, need_dw, need_db
+):  # fmt: skip
+    given = (dy, ds, x, weight, bias, mean, rstd)
+    options = (offset, scale, outside, round_before_weight, need_dx, need_dw, need_db)
+    dx, dw, db = outputs = _backward_fake(*given, *options)
     if use_triton(x):
-        outputs = _backward_fake(dy, ds, x, weight, mean, rstd, *options)
-        return backward(dy, ds, x, weight, mean, rstd, outputs, *options)
+        return backward(*given, outputs, *options)
     with no_autocast(x):
         compute = rstd.dtype
-        dx, dw, db = _backward_fake(dy, ds, x, weight, mean, rstd, *options)
         g, r = dy.to(compute), rstd.unsqueeze(-1)
         u = (x.to(compute) - mean.unsqueeze(-1)) * r
         if need_dw:
             n = finished(u, x.dtype, scale, round_before_weight)
             dw.copy_((g * n).reshape(-1, x.shape[-1]).sum(0))
-        if bias_dtype is not None:
+        if need_db:
             db.copy_(g.reshape(-1, x.shape[-1]).sum(0))
         if need_dx:
             g = g if weight is None else g * (offset + weight.to(compute))
@@ -171,11 +168,13 @@ def _backward(dy, ds, x, weight, mean, rstd, offset, scale, outside, round_befor
 
 
 def _backward_fake(
-    dy, ds, x, weight, mean, rstd, offset, scale, outside, round_before_weight, need_dx, need_dw, bias_dtype
-):
+    dy, ds, x, weight, bias, mean, rstd, offset, scale, outside, round_before_weight, need_dx, need_dw, need_db
+):  # fmt: skip
     dx = torch.empty_like(x) if need_dx else x.new_empty(0)
-    dw = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_dw else x.new_empty(0)
-    db = x.new_empty(0) if bias_dtype is None else x.new_empty(x.shape[-1:], dtype=bias_dtype)
+    dw, db = (
+        torch.empty_like(t, memory_format=torch.contiguous_format) if need else x.new_empty(0)
+        for t, need in ((weight, need_dw), (bias, need_db))
+    )
     return dx, dw, db
 
 
@@ -194,8 +193,8 @@ _add_forward_op = register(
     traced=True,
 )
 _backward_op = register(
-    "layer_norm_backward(Tensor dy, Tensor? ds, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, float offset, "
-    "float scale, float outside, bool round_before_weight, bool need_dx, bool need_dw, ScalarType? bias_dtype) "
+    "layer_norm_backward(Tensor dy, Tensor? ds, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, "
+    "float offset, float scale, float outside, bool round_before_weight, bool need_dx, bool need_dw, bool need_db) "
     "-> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,

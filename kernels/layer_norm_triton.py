@@ -1,6 +1,8 @@
 """LayerNorm's Triton kernels and their launches; layer_norm.py has the formula, the reference and the operators."""
 
 from .common import (
+    MADE_AGAIN,
+    MadeAgain,
     Output,
     ceil_div,
     compute_dtype,
@@ -89,16 +91,16 @@ def _forward_kernel(
 
 @jit
 def _backward_kernel(
-    DY, DS, X, W, MEAN, RSTD, DX, SHARES_W, SHARES_B, count, width,
+    DY, DS, X, W, B, MEAN, RSTD, DX, SHARES_W, SHARES_B, Y, count, width,
     y_inner, y_outer, y_step, s_inner, s_outer, s_step, x_inner, x_outer, x_step,
     OFFSET: tl.constexpr, SCALE: tl.constexpr, OUTSIDE: tl.constexpr, ADD: tl.constexpr,
-    WEIGHT: tl.constexpr, ROUND: tl.constexpr,
+    WEIGHT: tl.constexpr, BIAS: tl.constexpr, ROUND: tl.constexpr,
     NEED_DX: tl.constexpr, NEED_DW: tl.constexpr, NEED_DB: tl.constexpr,
     ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Programs stride over tiles of whole rows; each leaves its share of dw and db in one row of [programs, width].
 
-    ADD: DS is added to DX.
+    ADD: DS is added to DX. Y: None, or for forward's result once more, which alone needs B.
     """
     column = tl.arange(0, COLUMNS)
     inside = (column < width)[None, :]
@@ -118,6 +120,13 @@ def _backward_kernel(
         mean = tl.load(MEAN + row, mask=row < count, other=0.0)[:, None]
         rstd = tl.load(RSTD + row, mask=row < count, other=0.0)[:, None]
         u = (x - mean) * rstd  # not 0 outside, but g is
+        if Y is not None:
+            n = finish(u, X, SCALE, ROUND, ACC)
+            if WEIGHT:
+                n = n * w
+            if BIAS:
+                n = n + load_weight(B, column, width, 0.0, ACC)[None, :]
+            tl.store(Y + (row.to(tl.int64) * width)[:, None] + column[None, :], n, mask=mask)
         if NEED_DW:
             total_w += g * finish(u, X, SCALE, ROUND, ACC)
         if NEED_DB:
@@ -139,6 +148,9 @@ def _backward_kernel(
         tl.store(SHARES_W + tl.program_id(0) * width + column, tl.sum(total_w, 0), mask=column < width)
     if NEED_DB:
         tl.store(SHARES_B + tl.program_id(0) * width + column, tl.sum(total_b, 0), mask=column < width)
+
+
+MADE_AGAIN[_forward_kernel] = MadeAgain("layer_norm", _backward_kernel, "Y", ("MEAN", "RSTD", "W", "B"))
 
 
 @jit
@@ -230,10 +242,11 @@ def forward(x, residual, weight, bias, outputs, eps, offset, scale, outside, rou
 
 
 def backward(
-    dy, ds, x, weight, mean, rstd, outputs, offset, scale, outside, round_before_weight, need_dx, need_dw, bias_dtype
-):
+    dy, ds, x, weight, bias, mean, rstd, outputs, offset, scale, outside, round_before_weight,
+    need_dx, need_dw, need_db,
+):  # fmt: skip
     """Write the outputs (dx, dw, db), as far as they are needed, and return them."""
-    order, width, need_db, (dx, dw, db) = memory_order(x), x.shape[-1], bias_dtype is not None, outputs
+    order, width, (dx, dw, db) = memory_order(x), x.shape[-1], outputs
     if x.numel() == 0:
         return dx, dw.zero_(), db.zero_()
     dx = Output(dx, order if need_dx else [0])
@@ -241,7 +254,7 @@ def backward(
     dy, *dy_layout = rows(dy, order)
     s, *s_layout = (dy, *dy_layout) if ds is None else rows(ds, order)
     x, *x_layout = rows(x, order)
-    weight = weight if weight is None else weight.contiguous()
+    weight, bias = (t if t is None else t.contiguous() for t in (weight, bias))
     count = x.numel() // width
     ROWS, COLUMNS, warps = tile(width, max_width=8192)
     programs, ahead = ceil_div(count, ROWS), 1
@@ -257,8 +270,8 @@ def backward(
     with on_device(x):
         if width <= COLUMNS:
             launch(_backward_kernel, programs)(
-                dy, s, x, weight, mean, rstd, dx.rows, shares_w, shares_b, *sizes,
-                NEED_DX=need_dx, ROWS=ROWS, STAGES=ahead, **sums, **scaled, **flags,
+                dy, s, x, weight, bias, mean, rstd, dx.rows, shares_w, shares_b, None, *sizes,
+                BIAS=bias is not None, NEED_DX=need_dx, ROWS=ROWS, STAGES=ahead, **sums, **scaled, **flags,
             )  # fmt: skip
         else:
             if need_dx:

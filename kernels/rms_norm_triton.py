@@ -132,7 +132,7 @@ def _backward_kernel(
         tl.store(SHARES + tl.program_id(0) * width + column, tl.sum(total, 0), mask=column < width)
 
 
-MADE_AGAIN[_forward_kernel] = MadeAgain(_backward_kernel, "Y", ("RSTD", "W"))
+MADE_AGAIN[_forward_kernel] = MadeAgain("rms_norm", _backward_kernel, "Y", ("RSTD", "W"))
 
 
 @jit

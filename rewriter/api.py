@@ -54,7 +54,7 @@ def optimize(
 
     patterns: names restrict the built-in patterns to these; Pattern objects are added (one named like a built-in
               pattern takes its place). Default: all built-in ones and those of installed plugins
-    exclude:  names of patterns that are not applied
+    exclude:  names of patterns that are not applied; "made_again": keep for backward what its kernels could write again
     executor: "eager" runs the rewritten graph as it is, "inductor" compiles it further, "auto" is Inductor on an
               accelerator and eager on a CPU
     dynamic:  as in torch.compile: None lets a second shape become dynamic, True starts so, False never
@@ -164,8 +164,11 @@ def _options(
         raise TypeError(f"memory_rate is a number of milliseconds for each GiB, not {type(memory_rate).__name__}")
     if not 0 <= memory_rate < math.inf:
         raise ValueError(f"memory_rate is at least 0 and finite, not {memory_rate}")
-    rate = float(memory_rate)
-    return Options(chosen(patterns, exclude), executor, dynamic, verify, bool(strict), dry, select, rate)
+    exclude = exclude if isinstance(exclude, str) else tuple(exclude)
+    return Options(
+        chosen(patterns, exclude), executor, dynamic, verify, bool(strict), dry, select, float(memory_rate),
+        make_again="made_again" not in exclude,
+    )  # fmt: skip
 
 
 def _refuse_meta(model: nn.Module) -> None:

@@ -58,7 +58,8 @@ class Backend:
             with_checkpoints(gm)
             return _noting(gm.forward, session, record)
         empty = not any(n.op.startswith("call") for n in target.graph.nodes)  # its outputs are all made on demand
-        run = target.forward if empty else execute(target, example_inputs, executor)
+        made_again = record.made_again.update if options.make_again else None
+        run = target.forward if empty else execute(target, example_inputs, executor, made_again)
         if result.lazy:
             run = with_lazy_outputs(run, result.lazy)
         return _noting(run, session, record)

@@ -22,8 +22,16 @@ def resolve(executor: str, device_type: str) -> str:
     return "eager" if device_type == "cpu" else "inductor"
 
 
-def execute(gm: fx.GraphModule, example_inputs: list[Any], executor: str) -> Callable:
-    """A callable of the graph's inputs that gives the graph's outputs as a tuple or list."""
+def execute(
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    executor: str,
+    made_again: Callable[[list[str]], None] | None = None,
+) -> Callable:
+    """A callable of the graph's inputs that gives the graph's outputs as a tuple or list.
+
+    made_again: is told the pattern of each result that Inductor's backward makes again; None: it makes none again
+    """
     if executor == "inductor":
         from torch._inductor.compile_fx import compile_fx
         from torch._inductor.decomposition import select_decomp_table
@@ -33,7 +41,9 @@ def execute(gm: fx.GraphModule, example_inputs: list[Any], executor: str) -> Cal
         # Random numbers as eager draws them: the same seed gives the same dropout masks, and a forward that is
         # recomputed under another graph (checkpointing) draws what it drew before.
         decompositions = {**select_decomp_table(), **DECOMPOSITIONS}
-        patches = {"fallback_random": True, "joint_custom_pre_pass": MakeAgain()}
+        patches: dict[str, Any] = {"fallback_random": True}
+        if made_again is not None:
+            patches["joint_custom_pre_pass"] = MakeAgain(made_again)
         return compile_fx(gm, example_inputs, config_patches=patches, decompositions=decompositions)
     with_checkpoints(gm)
     return gm.forward

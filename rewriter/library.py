@@ -23,6 +23,7 @@ BUILT_IN = (
     "lora",
     "linear_4bit",
 )
+PASSES = ("made_again",)  # what else `exclude` may name: see rewriter/made_again.py
 ENTRY_POINTS = "rewriter.patterns"
 
 
@@ -62,7 +63,7 @@ def chosen(patterns: Iterable[str | Pattern] | None, exclude: Iterable[str]) -> 
     names = [p for p in given if isinstance(p, str)]
     excluded = list(exclude)
     for name in (*names, *excluded):
-        if name not in known and name not in own:
+        if name not in known and name not in own and not (name in PASSES and name in excluded):
             raise ValueError(f"unknown pattern {name!r}; known are {', '.join(sorted({*known, *own}))}")
     wanted = {n: known[n] for n in names if n in known} if names else known
     applied = {n: p for n, p in {**wanted, **own}.items() if n not in excluded}

@@ -41,13 +41,14 @@ TILES = {"ROWS", "COLUMNS"}  # how a kernel goes about it, not what it computes
 class MakeAgain(CustomGraphPass):
     """The pass as Inductor takes it, after one of the user's own if there is one."""
 
-    def __init__(self) -> None:
-        self.first = config.joint_custom_pre_pass
+    def __init__(self, tell: Callable[[list[str]], None] = lambda made: None) -> None:
+        """tell: is given what `make_again` gives back."""
+        self.first, self.tell = config.joint_custom_pre_pass, tell
 
     def __call__(self, graph: fx.Graph) -> None:
         if self.first is not None:
             self.first(graph)
-        make_again(graph)
+        self.tell(make_again(graph))
 
     def uuid(self) -> Any:
         """What cached graphs depend on; None, which is never cached, behind a pass that can't say that of itself."""
@@ -59,7 +60,7 @@ class MakeAgain(CustomGraphPass):
 
 
 def make_again(graph: fx.Graph) -> list[str]:
-    """Rewrite a joint graph in place; names of the results that backward makes again."""
+    """Rewrite a joint graph in place; the pattern of each result that backward makes again."""
     if any("recompute" in node.meta for node in graph.nodes):  # somebody else has decided what is kept
         return []
     launches = [n for n in graph.nodes if n.target is triton_kernel_wrapper_functional]
@@ -78,11 +79,11 @@ def make_again(graph: fx.Graph) -> list[str]:
             place = _empty_like(graph, result.meta["val"], backward)
         if place is not None:
             _write_again(graph, backward, place, result, users)
-            made.append(result.name)
+            log.debug("backward makes %s again, instead of keeping it", result.name)
+            made.append(again.pattern)
     if made:
         stable_topological_sort(graph)
         graph.lint()
-        log.info("backward makes again, instead of keeping: %s", ", ".join(made))
     return made
 
 

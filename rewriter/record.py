@@ -22,6 +22,7 @@ class GraphRecord:
     """One compiled graph.
 
     base: the region it was compiled for; paths: every region that ran it since; blocks: inlined blocks it holds.
+    made_again: of each pattern, how many results backward makes again.
     """
 
     base: str
@@ -31,6 +32,7 @@ class GraphRecord:
     misses: list[NearMiss]
     kept: list[Kept] = field(default_factory=list)
     on_demand: list[OnDemand] = field(default_factory=list)
+    made_again: Counter[str] = field(default_factory=Counter)
     paths: dict[str, None] = field(default_factory=dict)
     blocks: set[str] = field(default_factory=set)
 

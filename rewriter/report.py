@@ -89,6 +89,18 @@ class OnDemand:
 
 
 @dataclass(frozen=True)
+class MadeAgain:
+    """Results of a pattern in one compiled graph that are not kept for backward, whose kernels write them again.
+
+    paths: of the regions that ran the graph; results: how many in each
+    """
+
+    pattern: str
+    paths: tuple[str, ...]
+    results: int
+
+
+@dataclass(frozen=True)
 class NearMiss:
     """A place that looked like a pattern and was left alone. node: the graph node the reason speaks of.
 
@@ -139,6 +151,7 @@ class RewriteReport:
     kept:      places that were recognised and left, because the model itself calls nothing worse there
     notes:     what else it changed about a call, in words
     on_demand: logits that are returned without a loss, and computed when somebody looks at them
+    made_again: results that are not kept for backward (with Inductor)
     """
 
     rewrites: tuple[Rewrite, ...]
@@ -150,6 +163,7 @@ class RewriteReport:
     environment: dict[str, str]
     kept: tuple[Kept, ...] = ()
     on_demand: tuple[OnDemand, ...] = ()
+    made_again: tuple[MadeAgain, ...] = ()
 
     @property
     def graphs(self) -> int:

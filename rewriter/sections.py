@@ -59,6 +59,7 @@ def sections(report: RewriteReport) -> list[Section]:
     """The tables that have anything to say."""
     tables = [_coverage(report), _rewrites(report), _on_demand(report), _kept(report), _verification(report)]
     tables += [
+        _made_again(report),
         _left(report),
         _near_misses(report),
         _regions(report),
@@ -127,6 +128,15 @@ def _on_demand(report: RewriteReport) -> Section:
         rows.append((_where([s for d in group for s in d.sites]), _line(sizes), why))
     columns = ("where", "classes", "what is done")
     return Section("Logits without a loss", columns, tuple(rows), frozenset({"where"}))
+
+
+def _made_again(report: RewriteReport) -> Section:
+    rows = []
+    for group in _grouped(report.made_again, lambda m: (m.pattern, m.results)):
+        where = _where(dict.fromkeys(path for m in group for path in m.paths))
+        rows.append((_line(group[0].pattern), where, _line(group[0].results)))
+    columns = ("pattern", "where", "results of each")
+    return Section("Not kept, as backward makes it again", columns, tuple(rows), frozenset({"where"}))
 
 
 def _verification(report: RewriteReport) -> Section:

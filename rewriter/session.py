@@ -22,7 +22,17 @@ from rewriter.log import log
 from rewriter.paths import node_path, outer_frame_is
 from rewriter.pattern import Pattern
 from rewriter.record import GraphRecord, ModulePaths, kept_of, misses_of, on_demand_of, rewrites_of
-from rewriter.report import Fallback, GraphBreak, Kept, NearMiss, OnDemand, RegionReport, Rewrite, RewriteReport
+from rewriter.report import (
+    Fallback,
+    GraphBreak,
+    Kept,
+    MadeAgain,
+    NearMiss,
+    OnDemand,
+    RegionReport,
+    Rewrite,
+    RewriteReport,
+)
 from rewriter.rewrite import Fuel, Proofs, Result
 from rewriter.select import MEMORY_RATE, Selection
 
@@ -43,6 +53,7 @@ class Options:
     dry: bool = False
     select: str = "shipped"
     memory_rate: float = MEMORY_RATE
+    make_again: bool = True
 
 
 class Session:
@@ -192,6 +203,7 @@ class Session:
             environment=environment(self.options.executor),
             kept=tuple(kept.values()),
             on_demand=tuple(on_demand),
+            made_again=self._made_again(),
         )
 
     def _everywhere(self, sites: tuple[str, ...], record: GraphRecord) -> tuple[str, ...]:
@@ -213,6 +225,13 @@ class Session:
             paths = tuple(sorted({p for r in records for p in r.paths}, key=lambda p: self.order.get(p, -1)))
             regions.append(RegionReport(paths, kind, len(records), len(records) - 1))
         return tuple(regions)
+
+    def _made_again(self) -> tuple[MadeAgain, ...]:
+        found: dict[MadeAgain, None] = {}
+        for record in self.graphs:
+            paths = tuple(sorted(record.paths, key=lambda p: self.order.get(p, -1)))
+            found.update((MadeAgain(pattern, paths, n), None) for pattern, n in record.made_again.items())
+        return tuple(found)
 
     def _graph_breaks(self) -> tuple[GraphBreak, ...]:
         news = _breaks() - self._breaks

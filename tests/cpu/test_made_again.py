@@ -18,6 +18,7 @@ from torch._functorch.aot_autograd import aot_export_joint_simple  # noqa: E402
 from torch._functorch.partitioners import min_cut_rematerialization_partition  # noqa: E402
 from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_functional as LAUNCH  # noqa: E402
 from torch._inductor.custom_graph_pass import CustomGraphPass  # noqa: E402
+from torch._inductor.decomposition import select_decomp_table  # noqa: E402
 from torch._inductor.fx_passes.post_grad import decompose_triton_kernel_wrapper_functional  # noqa: E402
 from torch._inductor.fx_passes.reinplace import reinplace_inplaceable_ops_core  # noqa: E402
 from torch._inductor.virtualized import V  # noqa: E402
@@ -26,8 +27,19 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
+import rewriter  # noqa: E402
 from rewriter import made_again  # noqa: E402
-from rewriter.kernels import glu, glu_triton, lora, norm_rows, rms_norm, rms_norm_triton  # noqa: E402
+from rewriter.kernels import (  # noqa: E402
+    glu,
+    glu_triton,
+    layer_norm,
+    layer_norm_triton,
+    lora,
+    norm_rows,
+    rms_norm,
+    rms_norm_triton,
+)
+from rewriter.report import MadeAgain  # noqa: E402
 
 
 class Hopper:
@@ -39,11 +51,12 @@ def joint_graph(function, shapes, monkeypatch, changing=False):
     """changing: the first size of what has several dimensions is another one in each batch."""
     with monkeypatch.context() as patch, FakeTensorMode(shape_env=ShapeEnv() if changing else None) as mode:
         patch.setattr(driver, "_active", Hopper())
-        for module in (glu, rms_norm):
+        for module in (glu, layer_norm, rms_norm):
             patch.setattr(module, "use_triton", lambda x: True)
-        for module in (glu_triton, rms_norm_triton):
+        for module in (glu_triton, layer_norm_triton, rms_norm_triton):
             patch.setattr(module, "on_device", lambda x: contextlib.nullcontext())
-        patch.setattr(rms_norm_triton, "processors", lambda x: 132)
+        for module in (layer_norm_triton, rms_norm_triton):
+            patch.setattr(module, "processors", lambda x: 132)
         patch.setattr("rewriter.kernels.common.use_triton", lambda x: True)
         inputs = [torch.empty(shape, requires_grad=True) for shape in shapes]
         if changing:
@@ -51,7 +64,10 @@ def joint_graph(function, shapes, monkeypatch, changing=False):
                 inputs = [torch.empty(shape, requires_grad=True) for shape in shapes]
             inputs = [mode.from_tensor(t, symbolic_context=_context(t), source=ConstantSource(f"t{i}"))
                       for i, t in enumerate(inputs)]  # fmt: skip
-        return aot_export_joint_simple(lambda *tensors: (function(*tensors),), inputs, trace_joint=True)
+        table = select_decomp_table()  # with it, tensors to be written to are made by an operator that no CSE merges
+        return aot_export_joint_simple(
+            lambda *tensors: (function(*tensors),), inputs, trace_joint=True, decompositions=table
+        )
 
 
 def _context(tensor):
@@ -110,12 +126,38 @@ def run_norm_backward(a):
     return out
 
 
+def run_layer_norm(a):
+    r, out = a["R"] if a["RESIDUAL"] else None, a["Y"].dtype
+    options = a["EPS"], a["OFFSET"], a["SCALE"], a["OUTSIDE"], a["ROUND"], out
+    y, s, mean, rstd = layer_norm._add_forward(a["X"], r, a["W"], a["B"], *options)
+    return {"Y": y, "MEAN": mean, "RSTD": rstd, "S": s}
+
+
+def run_layer_norm_backward(a):
+    ds = a["DS"] if a["ADD"] else None
+    given = a["DY"], ds, a["X"], a["W"], a["B"], a["MEAN"], a["RSTD"]
+    dx, dw, db = layer_norm._backward(*given, a["OFFSET"], a["SCALE"], a["OUTSIDE"], a["ROUND"], True, True, True)
+    shares = [torch.cat([t[None], t.new_zeros(len(a["SHARES_W"]) - 1, len(t))]) for t in (dw, db)]
+    out = {"DX": dx, "SHARES_W": shares[0], "SHARES_B": shares[1]}
+    if a["Y"] is not None:
+        u = (a["X"] - a["MEAN"].unsqueeze(-1)) * a["RSTD"].unsqueeze(-1)
+        out["Y"] = norm_rows.finished(u, u.dtype, a["SCALE"], a["ROUND"]) * (a["OFFSET"] + a["W"]) + a["B"]
+    return out
+
+
+def run_sum(a):
+    sums = {"DW": a["SHARES_W"], "DB": a["SHARES_B"]}
+    return {name: shares.sum(0) for name, shares in sums.items() if shares is not None}
+
+
 RUN = {
     glu_triton._forward_kernel: run_glu,
     glu_triton._backward_kernel: run_glu_backward,
     rms_norm_triton._forward_kernel: run_norm,
     rms_norm_triton._backward_kernel: run_norm_backward,
-    norm_rows._sum_kernel: lambda a: {"DW": a["SHARES_W"].sum(0)},
+    layer_norm_triton._forward_kernel: run_layer_norm,
+    layer_norm_triton._backward_kernel: run_layer_norm_backward,
+    norm_rows._sum_kernel: run_sum,
 }
 
 
@@ -126,6 +168,11 @@ def normed(x, w):
 def residual(x, r, w, a):
     y, s = rms_norm.add_rms_norm(x, r, w, 1e-6)
     return F.linear(y, a) + s
+
+
+def centred(x, r, w, b, a):
+    y, s = layer_norm.add_layer_norm(x, r, w, b, 1e-6)
+    return F.linear(layer_norm.layer_norm(F.linear(y, a) + s, w, b, 1e-6), a)
 
 
 def adapters(x, w, a, b):
@@ -153,6 +200,7 @@ CASES = {
     "norm": ((lambda x, w, a, b: F.linear(normed(x, w), a) * F.linear(normed(x, w), b),
               [(2, 5, 8), (8,), (6, 8), (6, 8)]), 2),
     "norm of a sum": ((residual, [(2, 5, 8), (2, 5, 8), (8,), (8, 8)]), 1),
+    "layer norms": ((centred, [(2, 5, 8), (2, 5, 8), (8,), (8,), (8, 8)]), 2),
     "adapters": ((adapters, [(2, 5, 8), (8,), (4, 8), (6, 4)]), 1),
     "block": ((block, [(2, 5, 8), (8,), (6, 8), (6, 8), (8, 6)]), 2),
     "twice, and seen": (
@@ -191,7 +239,7 @@ def test_values_are_the_same(name, monkeypatch):
     assert made_again.make_again(gm.graph) == [], "a second time there is nothing left to do"
 
 
-@pytest.mark.parametrize("name", ["gated unit", "packed", "norm of a sum", "block"])
+@pytest.mark.parametrize("name", ["gated unit", "packed", "norm of a sum", "layer norms", "block"])
 def test_inductor_keeps_less_and_copies_nothing(name, monkeypatch):
     """Its partitioner, and its passes over the launches of backward."""
     (function, shapes), expected = CASES[name]
@@ -228,10 +276,11 @@ def test_sizes_that_change_are_read_off_arguments(monkeypatch):
     shapes = [(3, *shape[1:]) if len(shape) > 2 else shape for shape in shapes]
     gm = joint_graph(function, shapes, monkeypatch, changing=True)
     environment = next(n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder").fake_mode.shape_env
-    promised = len(environment.guards)
+    promised, before = len(environment.guards), set(gm.graph.nodes)
     assert len(made_again.make_again(gm.graph)) == expected
     assert len(environment.guards) == promised
-    places = [n for n in gm.graph.nodes if n.target is torch.ops.aten.empty.memory_format]
+    empty = torch.ops.aten.empty.memory_format
+    places = [n for n in gm.graph.find_nodes(op="call_function", target=empty) if n not in before]
     assert len(places) == expected and all(isinstance(n.args[0][0], fx.Node) for n in places)
 
 
@@ -244,8 +293,8 @@ def test_cached_graphs_depend_on_the_kernels_and_on_the_users_own_pass(monkeypat
             return "own"
 
     def with_first(first):
-        monkeypatch.setattr(made_again.config, "joint_custom_pre_pass", first)
-        return made_again.MakeAgain().uuid()
+        with made_again.config.patch(joint_custom_pre_pass=first):
+            return made_again.MakeAgain().uuid()
 
     alone = with_first(None)
     assert alone == with_first(None) and alone != with_first(Own())
@@ -258,3 +307,36 @@ def test_others_decisions_on_what_is_kept_stay(monkeypatch):
     gm = joint_graph(*CASES["gated unit"][0], monkeypatch)
     next(n for n in gm.graph.nodes if n.target is LAUNCH).meta["recompute"] = 1
     assert made_again.make_again(gm.graph) == []
+
+
+class Small(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.linear = torch.nn.RMSNorm(8), torch.nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.linear(self.norm(x)).square().mean()
+
+
+def test_the_report_says_what_is_made_again_also_of_a_graph_compiled_before(monkeypatch):
+    """Graphs with kernels of ours are none that AOTAutograd caches: the pass runs each time."""
+    monkeypatch.setattr(made_again, "make_again", lambda graph: ["rms_norm", "rms_norm"])
+    for _ in range(2):
+        torch._dynamo.reset()
+        model = rewriter.optimize(Small(), executor="inductor")
+        model(torch.ones(2, 8)).backward()
+        report = rewriter.report(model)
+        assert report.made_again == (MadeAgain("rms_norm", ("",), 2),)
+        assert "backward makes it again" in str(report)
+
+
+def test_it_can_be_switched_off(monkeypatch):
+    asked = []
+    monkeypatch.setattr(made_again, "make_again", lambda graph: asked.append(graph) or [])
+    for exclude in (["made_again"], []):
+        torch._dynamo.reset()
+        model = rewriter.optimize(Small(), executor="inductor", exclude=iter(exclude))
+        model(torch.ones(2, 8)).backward()
+        assert bool(asked) == (not exclude) and rewriter.report(model).sites("rms_norm")
+    with pytest.raises(ValueError, match="unknown pattern"):
+        rewriter.optimize(Small(), patterns=["made_again"])

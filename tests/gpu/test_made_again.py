@@ -11,14 +11,21 @@ from rewriter import made_again
 HIDDEN, INTERMEDIATE, LAYERS, TOKENS = 512, 2048, 4, (4, 1024)
 
 
-def step(adapters, seed=0):
+SIZES = dict(hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=8, vocab_size=512, use_cache=False)
+
+
+def gated():
+    return transformers.LlamaConfig(intermediate_size=INTERMEDIATE, num_key_value_heads=2, **SIZES)
+
+
+def centred():
+    return transformers.GPTNeoXConfig(intermediate_size=INTERMEDIATE, use_parallel_residual=False, **SIZES)
+
+
+def step(config, adapters, seed=0):
     """Gradients of one training step, and the bytes that forward leaves behind for backward."""
     torch._dynamo.reset()
     torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
-        hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_hidden_layers=LAYERS, num_attention_heads=8,
-        num_key_value_heads=2, vocab_size=512, use_cache=False,
-    )  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_config(config)
     if adapters:
         model = peft.get_peft_model(model, peft.LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False))
@@ -36,13 +43,13 @@ def step(adapters, seed=0):
 
 
 @pytest.mark.parametrize("adapters", [False, True])
-def test_same_gradients_with_less_kept(adapters, monkeypatch):
-    found, kept = step(adapters)
+@pytest.mark.parametrize(("config", "widths"), [(gated, INTERMEDIATE + 2 * HIDDEN), (centred, 2 * HIDDEN)])
+def test_same_gradients_with_less_kept(config, widths, adapters, monkeypatch):
+    """widths: of what a block's norms and gated unit give, which is not kept."""
+    found, kept = step(config(), adapters)
     with monkeypatch.context() as patch:
         patch.setattr(made_again, "MADE_AGAIN", {})
-        expected, more = step(adapters)
+        expected, more = step(config(), adapters)
     assert len(found) == len(expected)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    tokens = TOKENS[0] * TOKENS[1]
-    results = LAYERS * tokens * (INTERMEDIATE + 2 * HIDDEN) * 2  # the gated unit's and two norms', in bytes
-    assert more - kept > 0.9 * results
+    assert more - kept > 0.9 * LAYERS * TOKENS[0] * TOKENS[1] * widths * 2  # bytes

@@ -6,7 +6,7 @@ import pytest
 import torch
 from numerics import strided
 
-from rewriter.kernels import glu, glu_triton, rms_norm, rms_norm_triton
+from rewriter.kernels import glu, glu_triton, layer_norm, layer_norm_triton, rms_norm, rms_norm_triton
 from rewriter.kernels.common import MADE_AGAIN
 
 
@@ -36,7 +36,7 @@ def made(monkeypatch):
 
         monkeypatch.setattr(module, "launch", ask)
 
-    for module in (glu_triton, rms_norm_triton):
+    for module in (glu_triton, layer_norm_triton, rms_norm_triton):
         launching(module)
     return written
 
@@ -76,6 +76,23 @@ def test_norms(made, options, dtype):
 def test_norm_of_a_sum_without_weight(made):
     x, r = (strided(3, 5, 200, seed=seed) for seed in (0, 1))
     y, s = rms_norm.add_rms_norm(x, r, None, 1e-6)
+    (y.sum() + s.sum()).backward()
+    (found,) = made
+    assert torch.equal(found, y.detach().reshape(found.shape))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"offset": 1.0}, {"round_before_weight": True}, {"scale": 0.5, "outside": 0.1}]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_layer_norms(made, options, dtype):
+    x, weight, bias = strided(3, 5, 200, dtype=dtype), *(torch.rand(200, dtype=dtype) for _ in range(2))
+    check(made, layer_norm.layer_norm(x, weight, bias, 1e-6, **options))
+
+
+def test_layer_norm_of_a_sum_without_weight(made):
+    x, r = (strided(3, 5, 200, seed=seed) for seed in (0, 1))
+    y, s = layer_norm.add_layer_norm(x, r, None, None, 1e-6)
     (y.sum() + s.sum()).backward()
     (found,) = made
     assert torch.equal(found, y.detach().reshape(found.shape))

@@ -1,5 +1,7 @@
 """Every Triton kernel compiles for sm_80, sm_89, sm_90 and gfx942 without a GPU, from the arguments of a GPU run."""
 
+import os
+
 import pytest
 import torch
 from packed import random_packed
@@ -13,6 +15,7 @@ from rewriter.kernels import (
     attention,
     attention_triton,
     cross_entropy,
+    cross_entropy_triton,
     dequantize_4bit,
     glu,
     glu_triton,
@@ -197,18 +200,24 @@ def launches(monkeypatch):
     return record_launches(monkeypatch.setattr, FAMILIES)
 
 
-# 89 has the instructions of 80 and less shared memory, which only tiles of products fill.
-TARGETS = [
-    *(
-        (case, *target)
-        for case in CASES
-        for target in ((90, torch.bfloat16), (90, torch.float32), (80, torch.bfloat16))
-    ),
-    *((case, 89, torch.bfloat16) for case in CASES if case in AMD or case.startswith("attention")),
-]
+# Compiling an attention takes 10 s: for each target and dtype but the first, these alone.
+# REWRITER_COMPILE=all compiles everything.
+SOME_ATTENTION = ["attention 64", "attention 128, fill", "attention 256, visible keys"]
 
 
-@pytest.mark.parametrize("case, capability, dtype", TARGETS)
+def targets():
+    """(case, compute capability, dtype)."""
+    yield from ((case, 90, torch.bfloat16) for case in CASES)
+    whole = os.environ.get("REWRITER_COMPILE") == "all"
+    for case in CASES:
+        if whole or case in SOME_ATTENTION or not case.startswith("attention"):
+            yield case, 90, torch.float32
+        if whole or case in SOME_ATTENTION or case in AMD:
+            yield case, 80, torch.bfloat16
+            yield case, 89, torch.bfloat16  # the instructions of 80, and less shared memory
+
+
+@pytest.mark.parametrize("case, capability, dtype", targets())
 def test_compiles_without_spills(case, capability, dtype, launches, monkeypatch, tmp_path):
     monkeypatch.setattr(attention_triton, "has_warpgroups", lambda x: capability == 90)
     check_compiled(CASES[case], dtype, capability, launches, tmp_path)
@@ -229,7 +238,7 @@ def check_compiled(case, dtype, target, launches, folder):
         assert used["spilled"] == 0, launch.kernel.__name__
 
 
-@pytest.mark.parametrize("case", ["rms_norm 1536", "rms_norm 8192", "glu silu"])
+@pytest.mark.parametrize("case", ["rms_norm 1536", "rms_norm 8192", "layer_norm 768", "layer_norm 8192", "glu silu"])
 def test_what_backward_makes_again_spills_nothing(case, launches, tmp_path):
     """The kernels as a graph's pass asks for them."""
     CASES[case](torch.bfloat16)
@@ -277,7 +286,7 @@ def test_every_kernel_is_compiled(launches, monkeypatch):
     monkeypatch.setattr(linear_cross_entropy_triton, "has_tensor_memory_accelerator", lambda x: True)
     for case in HOPPER.values():
         case(torch.bfloat16)
-    families = (attention_triton, cross_entropy, dequantize_4bit, glu_triton, layer_norm_triton,
+    families = (attention_triton, cross_entropy_triton, dequantize_4bit, glu_triton, layer_norm_triton,
                 linear_cross_entropy_triton, lora_triton, norm_rows, rms_norm_triton, rotary)  # fmt: skip
     kernels = {f.__name__ for m in families for f in vars(m).values() if isinstance(f, JITFunction)}
     assert {k for k in kernels if k.endswith("_kernel")} == {launch.kernel.__name__ for launch in launches}

@@ -101,7 +101,7 @@ def sample(head: Match, name: str, shapes: Mapping, generator: torch.Generator) 
     length = shapes["x"][-1]
     if kind == "up":
         length = shapes[name][0 if head.variant["transposed"] else -1]
-    return torch.randn(shapes[name], generator=generator, device=generator.device) / length**0.5
+    return torch.randn(shapes[name], generator=generator, device=generator.device, dtype=torch.float32) / length**0.5
 
 
 def first_product(x, layer: dict, scales: tuple[float, ...], transposed: bool, dtype: torch.dtype | None):

@@ -145,14 +145,14 @@ class Attention(Pattern):
         alone = step is not None and _mask(match) == step  # several together may hide by more than a number holds
         if kind not in MASKS or (step and step.value.meta.requires_grad) or (kind in ("add", "subtract") and not alone):
             return None
-        visible = torch.rand(shapes[name], generator=generator, device=generator.device) < 0.7
+        visible = torch.rand(shapes[name], generator=generator, device=generator.device, dtype=torch.float32) < 0.7
         visible[..., 0] = True
         if number != -math.inf and visible.dim() > 1:
             visible[..., -1, :] = visible.shape[-2] == 1
         if kind in ("keep", "drop"):
             return ~visible if kind == "drop" else visible
         lowest = torch.finfo(step.value.meta.dtype).min / 4
-        bias = torch.randn(visible.shape, generator=generator, device=generator.device)
+        bias = torch.randn(visible.shape, generator=generator, device=generator.device, dtype=torch.float32)
         return bias.masked_fill(~visible, lowest if kind == "add" else -lowest)
 
 

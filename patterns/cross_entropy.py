@@ -137,13 +137,13 @@ def classes(target, loss: str, count: int):
 def loss_sample(match: Match, name: str, shape, count: int, generator: torch.Generator) -> torch.Tensor | None:
     """Class numbers, a few of them ignored where the spelling can ignore; positive class weights."""
     if name == "class_weight":
-        return torch.rand(shape, generator=generator, device=generator.device) + 0.5
+        return torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float32) + 0.5
     if name != "target":
         return None
     target = torch.randint(0, count, shape, generator=generator, device=generator.device)
     if match.variant["loss"] != "cross_entropy" or target.numel() < 2:
         return target
-    ignored = torch.rand(shape, generator=generator, device=generator.device) < 0.2
+    ignored = torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float32) < 0.2
     return target.masked_fill(ignored, match.attrs("cross_entropy")[1])
 
 

@@ -140,7 +140,10 @@ class LinearCrossEntropy(Pattern):
             return loss_sample(match, name, shapes[name], adapted_head.classes_of(head, shapes), generator)
         shape, out = shapes["weight"], -1 if match.variant["transposed"] else 0
         if name == "weight":
-            return torch.randn(shape, generator=generator, device=generator.device) / shape[-1 - out] ** 0.5
+            return (
+                torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32)
+                / shape[-1 - out] ** 0.5
+            )
         return loss_sample(match, name, shapes[name], shape[out], generator)
 
 

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from rewriter import spellings
 from rewriter.execute import execute, resolve, with_checkpoints
 from rewriter.head_graph import CASTS, factor_of, head_graph
 from rewriter.lazy import LazyTensor, lazy_rows
 from rewriter.lazy_rows import Head, Rows
-from rewriter.library import chosen
+from rewriter.library import built_in, chosen
 from rewriter.log import log
 from rewriter.lower import Lowering
 from rewriter.meta import tensor_meta
@@ -49,6 +50,7 @@ class Backend:
             log.warning("a graph is left as it was: %s: %s", type(error).__name__, error, exc_info=True)
             session.fallback(session.running(), f"graph left as it was: {type(error).__name__}: {error}")
             target, result = gm, Result()
+        spellings.keep(built_in())
         record = session.record(result, gm.graph, code)
         misses = [m for m in record.misses if not m.choice]
         if options.strict and (misses or target is gm):

@@ -7,8 +7,9 @@ import importlib
 from collections.abc import Iterable
 from importlib.metadata import entry_points
 
+from rewriter import spellings
 from rewriter.log import log
-from rewriter.pattern import Pattern
+from rewriter.pattern import Pattern, usual_settings
 
 BUILT_IN = (
     "linear_cross_entropy",
@@ -30,7 +31,10 @@ ENTRY_POINTS = "rewriter.patterns"
 @functools.cache
 def built_in() -> dict[str, Pattern]:
     """Name -> pattern, each from the module of its name under rewriter.patterns."""
-    return {name: importlib.import_module(f"rewriter.patterns.{name}").PATTERN for name in BUILT_IN}
+    with usual_settings():  # patterns hold tensors
+        found = {name: importlib.import_module(f"rewriter.patterns.{name}").PATTERN for name in BUILT_IN}
+    spellings.restore(found)
+    return found
 
 
 @functools.cache

@@ -14,8 +14,9 @@ recorded on the match, so one reference covers every mix of dtypes; `check` says
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -266,16 +267,25 @@ def is_narrowing(value: Value) -> bool:
     return torch.promote_types(source, target) != target
 
 
+@contextlib.contextmanager
+def usual_settings() -> Iterator[None]:
+    """Tensors on the CPU, gradients, no autocast: patterns are the same, whatever the program has set."""
+    with torch.device("cpu"), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        yield
+
+
 def _trace(reference: Reference) -> TracedReference:
     names = list(reference.inputs)
-    examples = [v if isinstance(v, torch.Tensor) else torch.ones(v) for v in reference.inputs.values()]
+    inputs = reference.inputs.values()
+    examples = [v if isinstance(v, torch.Tensor) else torch.ones(v, dtype=torch.float32, device="cpu") for v in inputs]
     stand_ins = {name: 0.3141 + 0.01732 * i for i, name in enumerate(reference.consts)}
     parameters = inspect.signature(reference.fn).parameters.values()
     required = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     unknown = [n for n in required if n not in names and n not in stand_ins]
     if unknown:
         raise ValueError(f"reference {reference.fn!r} has parameters {unknown} that are neither inputs nor consts")
-    gm = make_fx(lambda *t: reference.fn(*t, **stand_ins), tracing_mode="fake", pre_dispatch=True)(*examples)
+    with usual_settings():
+        gm = make_fx(lambda *t: reference.fn(*t, **stand_ins), tracing_mode="fake", pre_dispatch=True)(*examples)
     for node in gm.graph.nodes:
         set_example(node, node.meta.get("val"))
     shadow = build_shadow(gm.graph)

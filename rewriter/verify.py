@@ -250,7 +250,10 @@ def _run(
         results = function(leaves)
         results = list(results) if isinstance(results, tuple | list) else [results]
         if upstream is None:
-            upstream = [torch.randn(r.shape, generator=generators[r.device], device=r.device) for r in results]
+            upstream = [
+                torch.randn(r.shape, generator=generators[r.device], device=r.device, dtype=torch.float32)
+                for r in results
+            ]
         gradients: list = []
         if differentiable:
             live = [(r, u.to(r.dtype)) for r, u in zip(results, upstream, strict=True) if r.requires_grad]

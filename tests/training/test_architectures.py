@@ -36,23 +36,24 @@ def test_adamw():
     assert_trains_alike(build("Llama", use_cache=False), batches()[:1], optimizer=torch.optim.AdamW)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("name", NAMES)
-def test_lora(name, dropout):
+@pytest.mark.parametrize("name, dropout, steps", [*((name, 0.1, 1) for name in NAMES), ("Qwen3", 0.0, 3)])
+def test_lora(name, dropout, steps):
     model = with_lora(build(name, use_cache=False), dropout)
     norms = norms_that_ran(model)
-    model, _, report = assert_trains_alike(model, batches())
+    model, _, report = assert_trains_alike(model, batches()[:steps])
     assert_everything_found(report, norms)
     trained = [n for n, p in model.named_parameters() if p.requires_grad]
     assert all("lora_" in n for n in trained) and trained
 
 
-@pytest.mark.parametrize("name, reentrant", [*((name, False) for name in NAMES), ("Llama", True), ("Gemma2", True)])
-def test_checkpointing(name, reentrant):
+@pytest.mark.parametrize(
+    "name, reentrant, steps", [*((name, False, 1) for name in NAMES), ("Qwen2", False, 3), ("Gemma2", True, 3)]
+)
+def test_checkpointing(name, reentrant, steps):
     model = build(name)
     norms = norms_that_ran(model)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    _, _, report = assert_trains_alike(model, batches())
+    _, _, report = assert_trains_alike(model, batches()[:steps])
     assert_everything_found(report, norms)
 
 
@@ -64,11 +65,11 @@ def test_checkpointing_with_lora_and_dropout(reentrant):
     assert_trains_alike(model, batches())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["Llama", "Gemma2", "Qwen3", "Glm4"])
 def test_bf16_autocast(name):
     model = build(name, use_cache=False)
     norms = norms_that_ran(model)
-    model = near_truth(model, batches()[:2], autocast, floor=2e-3)
+    model = near_truth(model, batches()[:1], autocast, floor=2e-3)
     assert_everything_found(rewriter.report(model), norms)
 
 

@@ -12,7 +12,8 @@ from training.models import batch, build, with_lora
 
 import rewriter
 
-STEPS = [batch((2, 16)), batch((3, 24), 1)]
+LENGTHS = [batch((2, 16)), batch((3, 24), 1)]
+STEPS = LENGTHS[:1]
 
 
 @pytest.mark.parametrize(
@@ -36,7 +37,7 @@ def test_peft(kind, options):
 
 
 def test_dropout():
-    *_, report = assert_trains_alike(with_lora(build("Llama", use_cache=False), dropout=0.1), STEPS)
+    *_, report = assert_trains_alike(with_lora(build("Llama", use_cache=False), dropout=0.1), LENGTHS)
     assert report.coverage()["lora"] == (14, 14)  # each layer has a dropout of its own
 
 
@@ -55,7 +56,7 @@ def test_float32_adapters_of_bfloat16_weights(context):
         if "lora_" in name:
             parameter.data = parameter.data.float()
     context = functools.partial(torch.autocast, "cpu", dtype=torch.bfloat16, enabled=context)
-    model = near_truth(model, STEPS[:1], context, 8e-3)
+    model = near_truth(model, STEPS, context, 8e-3)
     assert rewriter.report(model).coverage()["lora"][0] == 14
 
 

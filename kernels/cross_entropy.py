@@ -15,7 +15,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from . import cross_entropy_triton as kernels
-from .common import DECOMPOSITIONS, compute_dtype, no_autocast, on_device, register, traceable, use_triton
+from .common import compute_dtype, no_autocast, on_device, register, traceable, use_triton
 
 
 @traceable
@@ -224,32 +224,6 @@ def _row_gradients(
     gradient.copy_(dz.masked_fill_(~keep.unsqueeze(1), 0))
 
 
-def _scale(x, factor, dtype):
-    """x * factor (a 0-d tensor) computed in factor's dtype; the kernel makes no copy of x in that dtype."""
-    if not use_triton(x):
-        return (x.to(factor.dtype) * factor).to(dtype)
-    return _scale_into(_scale_fake(x, factor, dtype), x.contiguous(), factor)
-
-
-def scale_in_place(x, factor):
-    """x *= factor (a 0-d tensor), without the cost of it if the factor is 1. x: contiguous."""
-    if use_triton(x):
-        _scale_into(x, x, factor)
-    else:
-        x.mul_(factor)
-
-
-def _scale_into(y, x, factor):
-    if x.numel():
-        with on_device(x):
-            kernels.scale_into(y, x, factor)
-    return y
-
-
-def _scale_fake(x, factor, dtype):
-    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-
-
 _forward_op = register(
     "cross_entropy_forward(Tensor logits, Tensor target, Tensor? weight, Tensor? z_ratio, int ignore_index, "
     "float label_smoothing, float scale, float? softcap, float z_loss) -> (Tensor, Tensor)",
@@ -262,6 +236,3 @@ _backward_op = register(
     _backward,
     _backward_fake,
 )
-scale_op = register("scaled(Tensor x, Tensor factor, ScalarType dtype) -> Tensor", _scale, _scale_fake)
-# Inductor writes it over x, which nothing else will read: no copy of a weight's gradient.
-DECOMPOSITIONS[scale_op] = lambda x, factor, dtype: (x.to(factor.dtype) * factor).to(dtype)

@@ -6,7 +6,7 @@ softmax, the inverse sum of exp(z - largest).
 
 import torch
 
-from .common import ceil_div, jit, next_power_of_2, processors, row_start, rows, tanh, tl, triton_dtype
+from .common import ceil_div, jit, next_power_of_2, row_start, rows, tanh, tl, triton_dtype
 
 
 def row_losses(
@@ -215,25 +215,3 @@ def _gradient_kernel(
             tl.load(UPSTREAM + row * u_step), width, width, SMOOTHING, SCALE, SOFTCAP, ACC,
         )  # fmt: skip
         tl.store(D + column, dz, mask=column < width)
-
-
-@jit
-def _scale_kernel(X, FACTOR, Y, count, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr):
-    """Y = X * FACTOR; Y may be X, IN_PLACE, which is left alone if the factor is 1. Programs stride over blocks."""
-    factor = tl.load(FACTOR)
-    blocks = tl.cdiv(count, BLOCK).to(tl.int32)
-    if IN_PLACE:
-        blocks = tl.where(factor == 1, 0, blocks)
-    for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
-        at = (tl.zeros([BLOCK], tl.int64) + block) * BLOCK + tl.arange(0, BLOCK)
-        if block < count // BLOCK:  # without a mask loads and stores are wide
-            tl.store(Y + at, tl.load(X + at).to(factor.dtype) * factor)
-        else:
-            tl.store(Y + at, tl.load(X + at, mask=at < count).to(factor.dtype) * factor, mask=at < count)
-
-
-def scale_into(y, x, factor):
-    """y = x * factor (a 0-d tensor), both contiguous; y may be x, which is left alone if the factor is 1."""
-    BLOCK = 4096
-    programs = min(ceil_div(x.numel(), BLOCK), 8 * processors(x))
-    _scale_kernel[(programs,)](x, factor, y, x.numel(), IN_PLACE=y is x, BLOCK=BLOCK, num_warps=8)

@@ -20,18 +20,10 @@ from torch.autograd.function import once_differentiable
 
 from . import linear_cross_entropy_triton as exponentials
 from .common import ceil_div, compute_dtype, no_autocast, on_device, register, traceable, use_triton
-from .cross_entropy import (
-    check_options,
-    mean_divisor,
-    never_zero,
-    reduce,
-    row_losses,
-    scale_in_place,
-    scale_op,
-    upstream_factor,
-)
+from .cross_entropy import check_options, mean_divisor, never_zero, reduce, row_losses, upstream_factor
 from .dequantize_4bit import matrix, saved, to_save
 from .head_adapter import HeadAdapter
+from .scaled import scale_in_place, scale_op
 
 
 @traceable

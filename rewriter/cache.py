@@ -1,4 +1,4 @@
-"""Measurements that outlive the process: one small JSON file each, in the user's cache directory.
+"""What outlives the process, in the user's cache directory: measurements, one small JSON file each, and where they are.
 
 `REWRITER_CACHE_DIR` names another directory. A file that can't be read, written or understood is as good as none.
 """
@@ -42,21 +42,26 @@ def load(key: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def store(key: Mapping[str, Any], value: Mapping[str, Any]) -> None:
-    """Keep `value` under `key`. Whole or not at all: other processes may read and write beside this one."""
+    """Keep `value` under `key`."""
     try:
-        file = _file(key)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=file.parent, prefix=".", suffix=".json")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as opened:
-                json.dump({"key": key, "value": value}, opened, indent=1)
-            os.replace(name, file)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(name)
-            raise
+        text = json.dumps({"key": key, "value": value}, indent=1)
+        write(_file(key), text.encode())
     except (OSError, RuntimeError, ValueError, TypeError) as error:
         log.debug("a measurement is not stored: %s: %s", type(error).__name__, error)
+
+
+def write(file: Path, content: bytes) -> None:
+    """Whole or not at all: other processes may read and write beside this one. OSError where that can't be."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=file.parent, prefix=".", suffix=file.suffix)
+    try:
+        with os.fdopen(handle, "wb") as opened:
+            opened.write(content)
+        os.replace(name, file)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
 
 
 def _file(key: Mapping[str, Any]) -> Path:

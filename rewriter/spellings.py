@@ -6,13 +6,11 @@ read, written or understood is as good as none.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
-import os
+import io
 import pickle
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,24 +36,17 @@ def restore(patterns: Mapping[str, Pattern]) -> None:
 
 
 def keep(patterns: Mapping[str, Pattern]) -> None:
-    """Store what was traced since `restore` or the last call. Whole or not at all, as other processes do the same."""
+    """Store what was traced since `restore` or the last call."""
     new = {n: r.__dict__[_FIELD] for n, r in _named(patterns) if n not in _stored and _FIELD in r.__dict__}
     file = _file()
     if not new or file is None:
         return
     _stored.update(new)
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=file.parent, prefix=".", suffix=".pickle")
-        try:
-            with os.fdopen(handle, "wb") as opened:
-                _Pickler(opened, protocol=pickle.HIGHEST_PROTOCOL).dump({**_read(), **new})
-            os.replace(name, file)
-            _leave_newest(file.parent)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(name)
-            raise
+        content = io.BytesIO()
+        _Pickler(content, protocol=pickle.HIGHEST_PROTOCOL).dump({**_read(), **new})
+        cache.write(file, content.getvalue())
+        _leave_newest(file.parent)
     except Exception as error:
         log.debug("traced spellings are not stored: %s: %s", type(error).__name__, error)
 

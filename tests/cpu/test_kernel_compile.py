@@ -28,10 +28,11 @@ from rewriter.kernels import (
     rms_norm,
     rms_norm_triton,
     rotary,
+    scaled,
 )
 from rewriter.kernels.common import MADE_AGAIN
 
-FAMILIES = (attention, cross_entropy, dequantize_4bit, glu, layer_norm, linear_cross_entropy, rms_norm, rotary)
+FAMILIES = (attention, cross_entropy, dequantize_4bit, glu, layer_norm, linear_cross_entropy, rms_norm, rotary, scaled)
 
 
 def rms_norm_launches(width, dtype):
@@ -212,8 +213,8 @@ def targets():
     for case in CASES:
         if whole or case in SOME_ATTENTION or not case.startswith("attention"):
             yield case, 90, torch.float32
-        if whole or case in SOME_ATTENTION or case in AMD:
             yield case, 80, torch.bfloat16
+        if whole or case in SOME_ATTENTION or case in AMD:
             yield case, 89, torch.bfloat16  # the instructions of 80, and less shared memory
 
 
@@ -287,6 +288,6 @@ def test_every_kernel_is_compiled(launches, monkeypatch):
     for case in HOPPER.values():
         case(torch.bfloat16)
     families = (attention_triton, cross_entropy_triton, dequantize_4bit, glu_triton, layer_norm_triton,
-                linear_cross_entropy_triton, lora_triton, norm_rows, rms_norm_triton, rotary)  # fmt: skip
+                linear_cross_entropy_triton, lora_triton, norm_rows, rms_norm_triton, rotary, scaled)  # fmt: skip
     kernels = {f.__name__ for m in families for f in vars(m).values() if isinstance(f, JITFunction)}
     assert {k for k in kernels if k.endswith("_kernel")} == {launch.kernel.__name__ for launch in launches}

@@ -323,3 +323,7 @@ def test_memory_with_an_adapter_is_bounded_by_the_chunk():
     with Watch():
         linear_cross_entropy(x, w, target, bias=b, u=u, up=up, chunk_tokens=8).backward()
     assert 0 < max(largest) < rows * classes * 4
+
+
+def test_scaling_is_a_well_defined_operator():
+    torch.library.opcheck(torch.ops.rewriter.scaled, (torch.randn(3, 5), torch.tensor(2.0), torch.bfloat16))
